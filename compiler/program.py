@@ -1,0 +1,149 @@
+"""Program: the one graph that every pass reads and rewrites, and how it prints itself as runnable Python."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from planish.errors import DimError
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dynamic dimension of an input.
+
+    Args:
+        name: the dimension's name; equal names are equal sizes.
+        min: the smallest size that is allowed, at least 1.
+        max: the largest size that is allowed.
+    """
+
+    name: str
+    min: int = 1
+    max: int = 4096
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and self.name.isidentifier()):
+            raise DimError(f"dim name {self.name!r} is not an identifier", fix='write planish.Dim("batch", 1, 64)')
+        if not 1 <= self.min <= self.max:
+            raise DimError(
+                f"dim {self.name!r} has the range {self.min}..{self.max}",
+                why="a range needs 1 <= min <= max",
+                fix="correct the bounds",
+            )
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of an input or output; a dynamic size is a sympy expression over dim names."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | sympy.Expr, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass
+class Program:
+    """A captured model on its way to native code.
+
+    The module is an ``fx.GraphModule`` at ATen level: placeholders are the user's tensors, ``get_attr`` nodes are
+    constants, the output is a flat tuple, and a fused group is a ``call_module`` of a GraphModule. It runs in eager
+    PyTorch after every pass. ``node.meta["val"]`` holds a fake tensor with symbolic sizes.
+
+    Attributes:
+        module: the graph.
+        inputs: one spec per placeholder.
+        outputs: one spec per output tensor.
+        dims: name to dynamic dimension.
+        symbols: the shape environment's symbol for each dim name.
+        facts: what passes have established (see ``Pass.makes``).
+        example: tensors that the model was captured with, one per placeholder.
+    """
+
+    module: fx.GraphModule
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, Dim]
+    symbols: dict[str, sympy.Symbol]
+    example: tuple[torch.Tensor, ...]
+    facts: frozenset[str] = field(default_factory=frozenset[str])
+
+    def clone(self) -> Program:
+        """A Program whose graph can be rewritten without touching this one; tensors are shared."""
+        module = clone_module(self.module)
+        return Program(module, self.inputs, self.outputs, self.dims, self.symbols, self.example, self.facts)
+
+    def nodes(self) -> Iterator[fx.Node]:
+        """All nodes in execution order."""
+        return iter(self.module.graph.nodes)
+
+    def run(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The outputs for flat input tensors, in eager PyTorch."""
+        with torch.no_grad():
+            return tuple(self.module(*tensors))
+
+    def shape(self, value: Any) -> tuple[int | sympy.Expr, ...]:
+        """Shape of a node or fake tensor: ints, and sympy expressions over dim names where dynamic."""
+        val = value.meta["val"] if isinstance(value, fx.Node) else value
+        return tuple(self.size(s) for s in val.shape)
+
+    def size(self, value: Any) -> int | sympy.Expr:
+        """A size or symbolic int as an int, or as a sympy expression over dim names."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, torch.SymInt):
+            expr = value.node.expr.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for n, s in self.symbols.items()})
+            return int(expr) if expr.is_number else expr
+        return int(value)
+
+
+def clone_module(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph and of the groups nested in it; tensors and fake values are shared, not copied."""
+    attrs: dict[str, Any] = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    attrs |= {n: clone_module(m) for n, m in module.named_children() if isinstance(m, fx.GraphModule)}
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        new = graph.node_copy(node, lambda n: mapping[n])
+        new.meta = copy.copy(node.meta)
+        mapping[node] = new
+    return fx.GraphModule(attrs, graph, class_name=type(module).__name__)
+
+
+def constant(module: fx.GraphModule, node: fx.Node) -> torch.Tensor:
+    """The tensor that a ``get_attr`` node of ``module`` reads."""
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def add_constant(module: fx.GraphModule, name: str, value: torch.Tensor) -> str:
+    """Store a tensor on the module under a free name derived from ``name``; returns the name."""
+    free, n = name, 0
+    while hasattr(module, free):
+        n += 1
+        free = f"{name}_{n}"
+    module.register_buffer(free, value)
+    return free
+
+
+def source_line(node: fx.Node) -> str:
+    """The user's source line (``file:line, in f: code``) that created a node, or ``""``."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    at = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("File ")), None)
+    if at is None:
+        return ""
+    file, line, *rest = lines[at].removeprefix("File ").split(", ")
+    code = f": {lines[at + 1]}" if at + 1 < len(lines) else ""
+    return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(rest)}{code}"

@@ -1,0 +1,129 @@
+"""Targets: what a machine can do, as data. A string such as ``"cpu"`` is only a spelling of one."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from planish.errors import TargetError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One machine to compile for.
+
+    Attributes:
+        name: the spelling users write.
+        backend: the backend that lowers for it, ``"tvm"`` or ``"reference"``.
+        doc: one line for the table of targets.
+        arch: ``"x86_64"``, or ``""`` where the backend does not generate code.
+        isa: instruction-set level, ``"avx2"`` or ``"avx512"``; ``"host"`` is resolved when compiling.
+        mcpu: LLVM's processor name, which decides scheduling and the allowed instructions.
+        vector_bytes: width of a vector register in bytes.
+        vector_registers: number of architectural vector registers.
+        l2_bytes: private second-level cache of a core in bytes.
+    """
+
+    name: str
+    backend: str
+    doc: str
+    arch: str = ""
+    isa: str = ""
+    mcpu: str = ""
+    vector_bytes: int = 0
+    vector_registers: int = 0
+    l2_bytes: int = 0
+
+    @property
+    def lanes(self) -> int:
+        """fp32 values in one vector register."""
+        return self.vector_bytes // 4
+
+    @staticmethod
+    def parse(spelling: str | Target) -> Target:
+        """The target that a string names; ``"cpu"`` becomes the best level this machine runs.
+
+        Raises:
+            UnknownNameError: no target has that name.
+            TargetError: this machine cannot run the target's code.
+        """
+        if isinstance(spelling, Target):
+            return spelling
+        if spelling not in TARGETS:
+            raise UnknownNameError(f"unknown target {spelling!r}", fix="use one of: " + ", ".join(TARGETS))
+        target = TARGETS[spelling]
+        if target.isa == "host":
+            return replace(Target.host(), name=target.name)
+        if target.isa and target.isa not in host_isa_levels():
+            raise TargetError(
+                f"target {target.name!r} needs {target.isa.upper()}, which this processor does not have",
+                why=f"the processor offers: {', '.join(host_isa_levels()) or 'none of the supported levels'}",
+                fix="use target='cpu' to get the best level this machine runs",
+            )
+        return target
+
+    @staticmethod
+    def host() -> Target:
+        """The best CPU target of this machine.
+
+        Raises:
+            TargetError: the processor has none of the instruction-set levels planish generates.
+        """
+        for name in ("cpu-avx512", "cpu-avx2"):
+            if TARGETS[name].isa in host_isa_levels():
+                return replace(TARGETS[name], l2_bytes=_host_l2_bytes(TARGETS[name].l2_bytes))
+        raise TargetError(
+            f"this processor ({platform.machine()}) has neither AVX2 with FMA nor AVX-512",
+            why="planish's CPU kernels are written for those levels",
+            fix="use target='reference' to run the optimised graph in PyTorch",
+        )
+
+
+TARGETS: dict[str, Target] = {
+    t.name: t
+    for t in (
+        Target("cpu", "tvm", "this machine's best level: AVX-512 where it has it, else AVX2", isa="host"),
+        Target(
+            "cpu-avx512",
+            "tvm",
+            "x86-64 with AVX-512 (F, BW, DQ, VL)",
+            arch="x86_64",
+            isa="avx512",
+            mcpu="skylake-avx512",
+            vector_bytes=64,
+            vector_registers=32,
+            l2_bytes=1 << 20,
+        ),
+        Target(
+            "cpu-avx2",
+            "tvm",
+            "x86-64 with AVX2 and FMA",
+            arch="x86_64",
+            isa="avx2",
+            mcpu="haswell",
+            vector_bytes=32,
+            vector_registers=16,
+            l2_bytes=512 << 10,
+        ),
+        Target("reference", "reference", "runs the rewritten graph in eager PyTorch: the oracle of the tests"),
+    )
+}
+
+_ISA_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}}
+
+
+def host_isa_levels() -> tuple[str, ...]:
+    """The instruction-set levels of this processor, weakest first."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ()
+    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    return tuple(level for level, need in _ISA_FLAGS.items() if need <= flags)
+
+
+def _host_l2_bytes(default: int) -> int:
+    size = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
+    return size if size > 0 else default

