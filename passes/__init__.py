@@ -1,1 +1,33 @@
-"""planish.passes."""
+"""The passes, by name, and the default pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from planish.passes.canonicalize import Canonicalize
+from planish.passes.fusion import FuseGroups
+
+if TYPE_CHECKING:
+    from planish.pipeline import Pass
+
+REGISTRY: dict[str, Pass] = {p.name: p for p in (Canonicalize(), FuseGroups())}
+"""Every pass with its default options, in the order of the default pipeline."""
+
+
+def resolve(passes: Sequence[str | Pass] | None) -> list[Pass]:
+    """The passes to run: the default pipeline, or names and Pass objects as given.
+
+    Raises:
+        UnknownNameError: a name that is not registered.
+    """
+    from planish.errors import UnknownNameError
+
+    if passes is None:
+        return list(REGISTRY.values())
+    chosen: list[Pass] = []
+    for p in passes:
+        if isinstance(p, str) and p not in REGISTRY:
+            raise UnknownNameError(f"unknown pass {p!r}", fix="use one of: " + ", ".join(REGISTRY))
+        chosen.append(REGISTRY[p] if isinstance(p, str) else p)
+    return chosen

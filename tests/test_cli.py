@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from planish.cli import app
 from typer.testing import CliRunner
+
+from planish.cli import app
 
 COMMANDS = {"compile", "bench", "inspect", "targets", "passes", "doctor", "demo"}
 

@@ -241,9 +241,6 @@ EXPORT int planish_use_openmp(const char *torch_library, char *file, size_t size
   return 0;
 }
 
-/* Use our own pool from now on. */
-EXPORT void planish_use_pthread(void) { atomic_store(&route, ROUTE_PTHREAD); }
-
 EXPORT int planish_is_openmp(void) { return atomic_load(&route) == ROUTE_OPENMP; }
 
 /* Whether this process was forked off after the launcher was loaded. */

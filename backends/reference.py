@@ -1,0 +1,54 @@
+"""The reference backend: runs the rewritten graph in eager PyTorch. It is the oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from planish.backends.base import KernelTime, Unsupported
+from planish.plan import Plan
+from planish.program import Program
+from planish.targets import Target
+
+
+class ReferenceExecutable:
+    """The Program's own graph; it has no kernels and no arena."""
+
+    def __init__(self, program: Program) -> None:
+        self.plan = Plan()
+        self._program = program
+
+    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
+        """Eager outputs; cloned, so that no output is an input or a constant."""
+        return tuple(t.clone(memory_format=torch.contiguous_format) for t in self._program.run(*tensors))
+
+    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+        """There are none."""
+        return []
+
+    def sources(self) -> dict[str, str]:
+        """There are none."""
+        return {}
+
+    def weights_bytes(self) -> int:
+        """Bytes of parameters and buffers."""
+        module = self._program.module
+        return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+    def trim(self) -> None:
+        """Nothing is cached."""
+
+
+class ReferenceBackend:
+    """Supports whatever PyTorch runs."""
+
+    name = "reference"
+
+    def unsupported(self, program: Program, target: Target) -> list[Unsupported]:
+        """Nothing is."""
+        return []
+
+    def compile(self, program: Program, target: Target) -> ReferenceExecutable:
+        """Wrap the Program."""
+        return ReferenceExecutable(program)

@@ -1,0 +1,261 @@
+"""Scaled-dot-product attention at GEMM speed, one (batch, head) at a time, with scores that never leave the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import tvm.sym
+from torch import fx
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm import vmath
+from planish.backends.tvm.builder import (
+    TASKS,
+    Expr,
+    as_int,
+    ceil_div,
+    equal,
+    f32,
+    for_vectors,
+    horizontal,
+    i32,
+    lanes_at,
+    round_up,
+    splat,
+)
+from planish.backends.tvm.index import flat_index, unflatten_index
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel
+from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
+from planish.backends.tvm.semantics import PUSH
+from planish.program import Program
+from planish.rules import argument
+
+Index = tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A [.., rows, columns] operand in memory: base address per item, elements between rows, contiguous columns."""
+
+    buffer: Any
+    lead: tuple[Expr, ...]
+    stride: Expr
+    offset: Expr
+
+    def base(self, index: Index) -> Expr:
+        """Element offset of the matrix at a leading index."""
+        at = self.offset
+        for coefficient, i in zip(self.lead, index, strict=True):
+            at = at + coefficient * i
+        return at
+
+
+def matrix(k: Kernel, node: fx.Node) -> Matrix | None:
+    """The operand as a matrix per item, or None where its columns are not contiguous."""
+    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(k.ev.shape(node))))
+    found = k.ev.affine(node, over, over)
+    if found is None:
+        return None
+    source, (*lead, stride, column, offset) = found
+    return Matrix(k.ev.sources[source].buffer, tuple(lead), stride, offset) if equal(column, 1) else None
+
+
+def result_matrix(k: Kernel, attention: fx.Node, out: Any) -> Matrix | None:
+    """Where the attention's result lies in the region's result, seen through the views after it."""
+    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(k.ev.shape(attention))))
+    index: Index = over
+    for node in k.region.nodes[k.region.nodes.index(attention) + 1 :]:
+        if node.target in PUSH:
+            index = PUSH[node.target](k.ev, node, index)
+    found = list(tvm.sym.detect_linear_equation(flat_index(k.ev.shape(k.region.result), index), list(over)))
+    if not found:
+        return None
+    *lead, stride, column, offset = found
+    return Matrix(out, tuple(lead), stride, offset) if equal(column, 1) else None
+
+
+def lower_attention(module: Module, program: Program, region: Region, attention: fx.Node) -> Lowered | None:
+    """Kernel of a region around SDPA; None where an operand has no contiguous columns.
+
+    before: ``reshape(transpose(softmax(q k^T scale + mask) v))``
+    after:  for each (batch, head): transpose k once into panels (times scale); for each tile of query rows: scores by
+            the GEMM tile into a strip, exponentials and their sum on the strip, strip times v by the GEMM tile straight
+            into the result, divided by the sum
+    """
+    q, key, value = attention.args[:3]
+    assert isinstance(q, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    tile = attention_tile(module.target)
+    depth, width = int(q.meta["val"].shape[-1]), int(value.meta["val"].shape[-1])
+    keys = program.shape(key)[-2]
+    panel = tile.vectors * module.target.lanes
+    scratch = Scratch(4 * TASKS * (depth + tile.rows + 1) * (keys + panel))
+    with kernel(module, program, region, [(scratch, "float32")]) as (k, out, (buffer,)):
+        operands = [matrix(k, n) for n in (q, key, value)]
+        result = result_matrix(k, attention, out)
+        if result is None or any(m is None for m in operands):
+            return None
+        qm, km, vm = (m for m in operands if m is not None)
+        shape = k.ev.shape(attention)
+        item = Item(k, attention, tile, buffer, qm, km, vm, result, depth, width, k.ev.shape(key)[-2], shape[-2])
+        items: Expr = i32(1)
+        for s in shape[:-2]:
+            items = items * s
+        items = T.bind(items)
+        padded = T.bind(round_up(item.keys, panel))
+        with T.parallel(0, TASKS) as task:
+            base = T.bind(task * (padded * (depth + tile.rows + 1)))
+            with T.serial(0, T.max(ceil_div(items - task, TASKS), 0)) as n:
+                index = unflatten_index(shape[:-2], T.bind(task + n * TASKS))
+                item.emit(tuple(T.bind(i + i32(0)) for i in index), base, padded)
+    queries = program.shape(q)[-2]
+    total = sympy.prod(program.shape(attention)[:-2])
+    flops = 2 * total * queries * keys * (depth + width)
+    assert k.function.func is not None
+    return Lowered("attention", k.function.func, tuple(k.operands), "attention", (*program.shape(q)[:-1], keys, depth), flops)
+
+
+@dataclass(frozen=True)
+class Item:
+    """Code for one (batch, head). Scratch of a task: k panels [depth, padded], scores [rows, padded], mask [padded]."""
+
+    k: Kernel
+    attention: fx.Node
+    tile: Tile
+    scratch: Any
+    q: Matrix
+    key: Matrix
+    value: Matrix
+    out: Matrix
+    depth: int
+    width: int
+    keys: Expr
+    queries: Expr
+
+    @property
+    def panel(self) -> int:
+        """Keys per panel."""
+        return self.tile.vectors * self.k.lanes
+
+    def emit(self, index: Index, base: Expr, padded: Expr) -> None:
+        """Statements for the item at the leading ``index``."""
+        k_base, v_base = T.bind(self.key.base(index)), T.bind(self.value.base(index))
+        q_base, o_base = T.bind(self.q.base(index)), T.bind(self.out.base(index))
+        scores = T.bind(base + padded * self.depth)
+        mask = T.bind(scores + padded * self.tile.rows)
+        self.pack_keys(base, k_base, padded)
+        per_row = self.mask_depends_on_row()
+        if not per_row:
+            self.fill_mask(mask, index, i32(0), padded)
+        with T.serial(0, ceil_div(self.queries, self.tile.rows)) as t:
+            row = T.bind(t * self.tile.rows)
+            left = T.bind(self.queries - row)
+            rows = T.bind(T.min(left, self.tile.rows))
+            with T.serial(0, T.floordiv(padded, self.panel)) as p:
+                a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
+                b = T.address_of(self.scratch[base + p * (self.depth * self.panel)])
+                c = T.address_of(self.scratch[scores + p * self.panel])
+                operands = (a, self.q.stride, b, i32(self.panel), c, padded, i32(self.depth))
+                call_tile(self.k.module, self.tile, left, operands, vectors=self.tile.vectors)
+            inverse = T.alloc_buffer((self.tile.rows,), "float32")
+            with T.serial(0, rows) as r:
+                if per_row:
+                    self.fill_mask(mask, index, T.bind(row + r), padded)
+                T.buffer_store(inverse, self.softmax(T.bind(scores + r * padded), mask, padded), [r])
+            self.weigh_values(v_base, scores, o_base, row, left, padded)
+            with T.serial(0, rows) as r:
+                at = T.bind(o_base + (row + r) * self.out.stride)
+                scale = T.bind(inverse[r])
+                for start, count in for_vectors(self.width, self.k.lanes):
+                    place = lanes_at(at + start, count)
+                    T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
+
+    def pack_keys(self, base: Expr, k_base: Expr, padded: Expr) -> None:
+        """Keys as [panel of keys][depth][key], scaled; zeros beyond the last key."""
+        scale = argument(self.attention, 6, "scale")
+        scale = self.depth**-0.5 if scale is None else scale
+        with T.serial(0, padded) as j:
+            at = T.bind(base + T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel))
+            row = T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
+            factor = T.bind(tirx.Select(j < self.keys, f32(scale), f32(0.0)))
+            with T.serial(0, self.depth) as d:
+                T.buffer_store(self.scratch, self.key.buffer[row + d] * factor, [at + d * self.panel])
+
+    def mask_node(self) -> fx.Node | None:
+        """The mask operand."""
+        mask = argument(self.attention, 3, "attn_mask")
+        return mask if isinstance(mask, fx.Node) else None
+
+    def mask_depends_on_row(self) -> bool:
+        """Whether the mask differs between query rows: causal, or read from memory by query."""
+        if argument(self.attention, 5, "is_causal", False):
+            return True
+        mask = self.mask_node()
+        if mask is None:
+            return False
+        shape = self.k.ev.shape(mask)
+        over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(shape)))
+        index = tuple(0 if as_int(s) == 1 else v for s, v in zip(shape, over, strict=True))
+        found = self.k.ev.affine(mask, index, over)
+        return found is None or not equal(found[1][len(shape) - 2], 0)
+
+    def fill_mask(self, mask: Expr, index: Index, row: Expr, padded: Expr) -> None:
+        """What is added to the scores of a query row: the mask, and -inf beyond the last key."""
+        lanes = self.k.lanes
+        for start, count in for_vectors(self.keys, lanes):
+            T.buffer_store(self.scratch, self.mask_value(index, row, start, count), [lanes_at(mask + start, count)])
+        with T.serial(0, padded - self.keys) as j:
+            T.buffer_store(self.scratch, f32(float("-inf")), [mask + self.keys + j])
+
+    def mask_value(self, index: Index, row: Expr, start: Expr, lanes: int) -> Expr:
+        """The additive mask at keys ``start ..`` of one row."""
+        column = lanes_at(start, lanes)
+        hidden = splat(float("-inf"), lanes)
+        value: Expr = splat(0.0, lanes)
+        node = self.mask_node()
+        if node is not None:
+            shape = self.k.ev.shape(node)
+            full = (*index, row, column)[len(index) + 2 - len(shape) :]
+            at = tuple(0 if as_int(s) == 1 else i for s, i in zip(shape, full, strict=True))
+            value = splat(self.k.ev.at(node, at), lanes)
+            if "float" not in str(value.ty):
+                value = tirx.Select(value, splat(0.0, lanes), hidden)
+        if argument(self.attention, 5, "is_causal", False):
+            value = tirx.Select(column <= splat(row, lanes), value, hidden)
+        return value
+
+    def softmax(self, at: Expr, mask: Expr, padded: Expr) -> Expr:
+        """Exponentials of a strip row in place; returns the reciprocal of their sum, 0 for a row that sees no key."""
+        lanes = self.k.lanes
+        whole = lanes_at(i32(0), lanes)
+        top, total = T.alloc_buffer((lanes,), "float32"), T.alloc_buffer((lanes,), "float32")
+        T.buffer_store(top, splat(-3.4028234663852886e38, lanes), [whole])
+        T.buffer_store(total, splat(0.0, lanes), [whole])
+        with T.serial(0, T.floordiv(padded, lanes)) as v:
+            place = lanes_at(at + v * lanes, lanes)
+            score = T.bind(self.scratch[place] + self.scratch[lanes_at(mask + v * lanes, lanes)])
+            T.buffer_store(self.scratch, score, [place])
+            T.buffer_store(top, T.max(top[whole], score), [whole])
+        highest = horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
+        with T.serial(0, T.floordiv(padded, lanes)) as v:
+            place = lanes_at(at + v * lanes, lanes)
+            weight = vmath.exp_nonpositive(self.scratch[place] - splat(highest, lanes))
+            T.buffer_store(self.scratch, weight, [place])
+            T.buffer_store(total, total[whole] + weight, [whole])
+        total_sum = T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
+        return tirx.Select(total_sum == f32(0.0), f32(0.0), f32(1.0) / total_sum)
+
+    def weigh_values(self, v_base: Expr, scores: Expr, o_base: Expr, row: Expr, left: Expr, padded: Expr) -> None:
+        """The strip times v, straight into the result, a block of columns at a time."""
+        lanes = self.k.lanes
+        for start in range(0, self.width, self.panel):
+            columns = min(self.panel, self.width - start)
+            a = T.address_of(self.scratch[scores])
+            b = T.address_of(self.value.buffer[v_base + start])
+            c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
+            operands = (a, padded, b, self.value.stride, c, self.out.stride, self.keys)
+            call_tile(
+                self.k.module, self.tile, left, operands, vectors=-(-columns // lanes), tail_lanes=columns % lanes
+            )

@@ -1,0 +1,62 @@
+"""The CPU backend: lowers a Program through TVM to one native function and runs it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from threading import Lock
+
+import tvm
+
+from planish.backends.base import Unsupported
+from planish.backends.tvm.codegen import build_main, compile_module
+from planish.backends.tvm.executable import TvmExecutable
+from planish.backends.tvm.kernel import Module
+from planish.backends.tvm.lower import Lowering, unsupported
+from planish.backends.tvm.pack import build_blob
+from planish.program import Program, constant
+from planish.targets import Target
+
+
+class TvmBackend:
+    """Native code for CPUs."""
+
+    name = "tvm"
+
+    def unsupported(self, program: Program, target: Target) -> list[Unsupported]:
+        """Every op that has no kernel."""
+        return unsupported(program, target)
+
+    def compile(self, program: Program, target: Target) -> TvmExecutable:
+        """Kernels, plan, weights blob and machine code of a Program."""
+        lowering = Lowering(program, target, Module(target))
+        lowering.lower()
+        constants = [(i, constant(program.module, n).detach(), layout, w) for i, n, layout, w in lowering.constants]
+        blob, offsets = build_blob(constants, target.lanes)
+        main = build_main(program, lowering.plan, lowering.outputs, offsets, lowering.module)
+        code, assembly = _machine_code(lowering.module, main)
+        tir = {name: func.script() for name, func in lowering.module.functions.items()}
+        return TvmExecutable(program, lowering.plan, lowering.outputs, blob, code, tir, assembly)
+
+
+_cache: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
+_cache_lock = Lock()
+_CACHE_ENTRIES = 16
+
+
+def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> tuple[bytes, str]:
+    """Object code and assembly; equal modules for equal targets are compiled once in a process."""
+    text = "\n".join([repr(module.target), *(f"{n}\n{f.script()}" for n, f in module.functions.items()), main.script()])
+    key = hashlib.sha256(text.encode()).digest()
+    with _cache_lock:
+        if key in _cache:
+            _cache.move_to_end(key)
+            return _cache[key]
+    code = compile_module(module, main)
+    with _cache_lock:
+        _cache[key] = code
+        while len(_cache) > _CACHE_ENTRIES:
+            _cache.popitem(last=False)
+    return code
+
+

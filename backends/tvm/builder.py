@@ -1,0 +1,142 @@
+"""Writing TIR from plain Python: functions with a C ABI, vectors, and the few helpers every kernel uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+import tvm.sym
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.script.ir_builder import tirx as T
+
+Expr = Any
+"""A TIR expression or a Python number; TVM's Python classes carry no useful static types."""
+
+TASKS = 16
+"""Tasks per parallel region that need scratch memory of their own: enough to balance the load of a few cores."""
+
+analyzer = tvm.sym.Analyzer()
+
+
+@dataclass
+class Function:
+    """A TIR function under construction: every parameter is a pointer or an int32 scalar, the result an int32."""
+
+    func: tirx.PrimFunc | None = None
+    params: list[str] = field(default_factory=list[str])
+
+    def pointer(self, dtype: str, *, align: int = 64) -> Any:
+        """A new pointer parameter, as a flat buffer; the code may assume that it is aligned to ``align`` bytes."""
+        handle = T.arg(self._next("p"), T.handle(dtype))
+        return T.decl_buffer((1 << 30,), dtype, data=handle, align=align)
+
+    def scalar(self, name: str = "n", dtype: str = "int32") -> Any:
+        """A new scalar parameter."""
+        return T.arg(self._next(name), getattr(T, dtype)())
+
+    def _next(self, prefix: str) -> str:
+        self.params.append(f"{prefix}{len(self.params)}")
+        return self.params[-1]
+
+
+@contextmanager
+def function(symbol: str | None = None) -> Iterator[Function]:
+    """Build one function; ``symbol`` exports it under that C name, otherwise it is private to the module."""
+    building = Function()
+    with IRBuilder() as builder:
+        with T.prim_func(is_private=symbol is None, s_tir=True):
+            T.func_name(symbol or "kernel")
+            T.func_ret(tvm.ir.PrimType("int32"))
+            attributes: dict[str, Any] = {"tirx.noalias": True}
+            T.func_attr(attributes | ({"global_symbol": symbol} if symbol else {}))
+            yield building
+            T.add_to_parent(tirx.Return(i32(0)))
+    building.func = builder.get()
+
+
+def i32(value: int) -> Expr:
+    """An int32 constant."""
+    return tirx.const(value, "int32")
+
+
+def f32(value: float) -> Expr:
+    """An fp32 constant."""
+    return tirx.const(value, "float32")
+
+
+def splat(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
+    """``value`` in every lane (a plain scalar when ``lanes`` is 1)."""
+    scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
+    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
+
+
+def lanes_at(start: Expr, lanes: int) -> Expr:
+    """Index of ``lanes`` consecutive elements from ``start``."""
+    return start if lanes == 1 else T.ramp(start, 1, lanes)
+
+
+def lanes_of(value: Expr) -> int:
+    """Number of vector lanes of an expression."""
+    return value.ty.dtype.lanes if hasattr(value, "ty") else 1
+
+
+def dtype_of(value: Expr) -> str:
+    """Element type of an expression, without its lanes."""
+    return str(value.ty).split("x")[0] if hasattr(value, "ty") else "int32"
+
+
+def ceil_div(a: Expr, b: Expr) -> Expr:
+    """ceil(a / b) for non-negative ints or expressions."""
+    return -(-a // b) if isinstance(a, int) and isinstance(b, int) else T.floordiv(a + (b - 1), b)
+
+
+def round_up(a: Expr, b: int) -> Expr:
+    """The smallest multiple of ``b`` that is at least ``a``."""
+    return ceil_div(a, b) * b
+
+
+def simplify(value: Expr) -> Expr:
+    """The expression in TVM's canonical form."""
+    return value if isinstance(value, int) else analyzer.simplify(value)
+
+
+def equal(a: Expr, b: Expr) -> bool:
+    """Whether two sizes are provably equal."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(analyzer.can_prove_equal(a, b))
+
+
+def as_int(value: Expr) -> int | None:
+    """The value of a constant expression, else None."""
+    value = simplify(value)
+    return value if isinstance(value, int) else int(value.value) if isinstance(value, tirx.IntImm) else None
+
+
+def for_vectors(extent: Expr, lanes: int) -> Iterator[tuple[Expr, int]]:
+    """Emit loops over ``0..extent`` by whole vectors, then element by element; yields (start, lanes) for each body.
+
+    A body is written once per yield: ``for start, n in for_vectors(size, 16): …``.
+    """
+    known = as_int(extent)
+    whole = extent // lanes if isinstance(extent, int) else T.floordiv(extent, lanes)
+    if known is None or known >= lanes:
+        with T.serial(0, whole) as block:
+            yield block * lanes, lanes
+    if known is None or known % lanes:
+        with T.serial(0, extent - whole * lanes) as rest:
+            yield whole * lanes + rest, 1
+
+
+def horizontal(vector: Expr, lanes: int, combine: Any) -> Expr:
+    """Combine all lanes of a vector pairwise, in a fixed order."""
+    while lanes > 1:
+        half = lanes // 2
+        low = T.Shuffle([vector], [i32(i) for i in range(half)])
+        high = T.Shuffle([vector], [i32(i) for i in range(half, lanes)])
+        vector, lanes = T.bind(combine(low, high)), half
+    return vector

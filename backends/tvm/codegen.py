@@ -1,0 +1,94 @@
+"""From TIR functions to machine code: our own list of TVM passes, with a plain C ABI and no TVM runtime."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import s_tir, tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, function, i32
+from planish.backends.tvm.kernel import Module
+from planish.backends.tvm.lower import STATUS
+from planish.plan import ALIGN, Plan
+from planish.program import Program
+from planish.targets import Target
+
+ENTRY = "planish_main"
+"""C name of the model's function."""
+
+RESERVED = ALIGN
+"""Bytes at the start of an arena that hold the status word."""
+
+
+def llvm_target(target: Target) -> tvm.target.Target:
+    """TVM's description of a CPU target."""
+    return tvm.target.Target({"kind": "llvm", "mcpu": target.mcpu})
+
+
+def lowering_passes() -> tvm.transform.Pass:
+    """What kernels written without blocks need, and no more.
+
+    ``MakePackedAPI`` is left out: every function already takes plain pointers and int32 sizes and returns an int32.
+    """
+    t = tirx.transform
+    return tvm.transform.Sequential(
+        [
+            s_tir.transform.StmtSimplify(),
+            t.FlattenBuffer(),
+            t.VectorizeLoop(True),
+            t.StorageRewrite(),
+            t.UnrollLoop(),
+            s_tir.transform.StmtSimplify(),
+            t.RemoveNoOp(),
+            t.LowerTVMBuiltin(),
+            t.LowerIntrin(),
+        ]
+    )
+
+
+def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[int, int], module: Module) -> tirx.PrimFunc:
+    """The model's function: kernel calls in order.
+
+    ``planish_main(input*, ..., output*, ..., weights, arena, table, dim, ..., first, last)`` runs the calls with
+    ``first <= index < last``. ``table`` holds the byte offset in the arena of every arena buffer, in order of the
+    plan; ``offsets`` the constant offset of every constant in the weights blob. The status word is the arena's first.
+    """
+    arena_slots = {b: slot for slot, b in enumerate(i for i, b in enumerate(plan.buffers) if b.kind == "arena")}
+    with function(ENTRY) as f:
+        pointers: dict[int, Any] = {i: f.pointer("uint8") for i, b in enumerate(plan.buffers) if b.kind == "input"}
+        pointers |= {i: f.pointer("uint8") for i in dict.fromkeys(outputs)}
+        weights, arena, table = f.pointer("uint8"), f.pointer("uint8"), f.pointer("int64", align=8)
+        dims = [f.scalar() for _ in program.dims]
+        first, last = f.scalar(), f.scalar()
+
+        def address(buffer: int) -> Expr:
+            if buffer == STATUS:
+                return T.address_of(arena[0])
+            if buffer in pointers:
+                return T.address_of(pointers[buffer][0])
+            if buffer in offsets:
+                return T.address_of(weights[tirx.const(offsets[buffer], "int64")])
+            return T.address_of(arena[table[arena_slots[buffer]]])
+
+        for index, call in enumerate(plan.calls):
+            with T.If(tirx.And(first <= i32(index), i32(index) < last)), T.Then():
+                T.evaluate(module.globals[call.kernel](*[address(b) for b in call.operands], *dims))
+    assert f.func is not None
+    return f.func
+
+
+def compile_module(module: Module, main: tirx.PrimFunc) -> tuple[bytes, str]:
+    """Object code of all functions, and its assembly text."""
+    functions = {module.globals[name]: func for name, func in module.functions.items()}
+    functions[tvm.ir.GlobalVar(ENTRY)] = main
+    target = llvm_target(module.target)
+    lowered = lowering_passes()(tirx.transform.BindTarget(target)(tvm.IRModule(functions)))
+    code = tvm.get_global_func("target.build.llvm")(lowered, target)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.o"
+        code.write_to_file(str(path), "o")
+        return path.read_bytes(), code.inspect_source("asm")

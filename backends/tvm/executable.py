@@ -1,0 +1,182 @@
+"""Running a compiled model: arenas, layouts per shape, and one call into native code."""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planish.backends.base import KernelTime
+from planish.backends.tvm import runtime
+from planish.backends.tvm.codegen import ENTRY, RESERVED
+from planish.backends.tvm.pack import aligned
+from planish.errors import InputError, KernelError
+from planish.plan import ALIGN, Plan, evaluate
+from planish.program import Program
+
+_LAYOUTS = 256
+"""Shapes whose arena layout is remembered."""
+
+_ARENAS = 8
+"""Most arenas kept for later calls."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything about a call that depends on the sizes only."""
+
+    arena_bytes: int
+    table: Any
+    table_address: int
+    outputs: tuple[tuple[int, ...], ...]
+
+
+class TvmExecutable:
+    """One native function with its weights. Immutable but for caches, which are safe under concurrent calls."""
+
+    def __init__(
+        self,
+        program: Program,
+        plan: Plan,
+        outputs: list[int],
+        blob: torch.Tensor,
+        code: bytes,
+        tir: dict[str, str],
+        assembly: str,
+    ) -> None:
+        self.plan = plan
+        self.code = code
+        self._dims = tuple(program.dims)
+        self._blob = blob
+        self._tir, self._assembly = tir, assembly
+        self._output_buffers = tuple(dict.fromkeys(outputs))
+        self._order = tuple(self._output_buffers.index(o) for o in outputs)
+        self._dtypes = tuple(program.outputs[outputs.index(o)].dtype for o in self._output_buffers)
+        self._lib = runtime.load_library(code)
+        self._main: Any = getattr(self._lib, ENTRY)
+        inputs = len(program.inputs)
+        pointers = inputs + len(self._output_buffers) + 3
+        self._main.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int32] * (len(self._dims) + 2)
+        self._main.restype = ctypes.c_int32
+        self._set_threads = runtime.launcher().set_threads
+        self._layouts: dict[tuple[int, ...], Layout] = {}
+        self._arenas: list[torch.Tensor] = []
+
+    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
+        """Fresh outputs for inputs of the right dtype and shape; copies inputs that are not contiguous or aligned."""
+        layout = self._layout(dims)
+        ready = [_ready(t) for t in tensors]
+        outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
+        arena = self._lease(layout.arena_bytes)
+        try:
+            self._run(ready, outputs, arena, layout, tuple(dims.values()), 0, len(self.plan.calls))
+        finally:
+            if len(self._arenas) < _ARENAS:
+                self._arenas.append(arena)
+        return tuple(outputs[i] for i in self._order)
+
+    def _run(
+        self,
+        inputs: Sequence[torch.Tensor],
+        outputs: Sequence[torch.Tensor],
+        arena: torch.Tensor,
+        layout: Layout,
+        sizes: tuple[int, ...],
+        first: int,
+        last: int,
+    ) -> None:
+        base = arena.data_ptr()
+        status = ctypes.c_int32.from_address(base)
+        status.value = 0
+        self._set_threads(torch.get_num_threads())
+        code = self._main(
+            *[t.data_ptr() for t in inputs],
+            *[t.data_ptr() for t in outputs],
+            self._blob.data_ptr(),
+            base,
+            layout.table_address,
+            *sizes,
+            first,
+            last,
+        )
+        if code:
+            raise KernelError(f"native code returned {code}", fix="report this with the dump of the compile")
+        if status.value:
+            raise InputError(
+                "an index tensor holds a value outside the table it indexes",
+                why="for example a token id beyond the vocabulary, or a sequence longer than the position table",
+                fix="check the integer inputs",
+            )
+
+    def _layout(self, dims: dict[str, int]) -> Layout:
+        key = tuple(dims.values())
+        found = self._layouts.get(key)
+        if found is None:
+            offsets, height = self.plan.arena(dims)
+            slots = [i for i, b in enumerate(self.plan.buffers) if b.kind == "arena"]
+            table = (ctypes.c_int64 * max(1, len(slots)))(*[offsets[s] + RESERVED for s in slots])
+            shapes = [
+                tuple(evaluate(s, dims) for s in self.plan.buffers[o].shape) for o in self._output_buffers
+            ]
+            found = Layout(height + RESERVED, table, ctypes.addressof(table), tuple(shapes))
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.pop(next(iter(self._layouts)), None)
+            self._layouts[key] = found
+        return found
+
+    def _lease(self, nbytes: int) -> torch.Tensor:
+        """An arena of at least ``nbytes`` that no other call uses."""
+        try:
+            arena = self._arenas.pop()
+        except IndexError:
+            return aligned(nbytes)
+        return arena if arena.numel() >= nbytes else aligned(nbytes)
+
+    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+        """Best time of each kernel alone, on the values that the whole model left in the arena."""
+        layout = self._layout(dims)
+        ready = [_ready(t) for t in tensors]
+        outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
+        arena = aligned(layout.arena_bytes)
+        sizes = tuple(dims.values())
+        self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
+        rows: dict[tuple[str, tuple[int, ...]], list[tuple[float, int, str]]] = {}
+        for index, call in enumerate(self.plan.calls):
+            times: list[float] = []
+            for _ in range(repeats):
+                start = time.perf_counter()
+                self._run(ready, outputs, arena, layout, sizes, index, index + 1)
+                times.append(time.perf_counter() - start)
+            shape = tuple(evaluate(s, dims) for s in call.shape)
+            rows.setdefault((call.kernel, shape), []).append(
+                (statistics.median(times) * 1e3, evaluate(call.flops, dims), call.op)
+            )
+        return [
+            KernelTime(name, times[0][2], shape, statistics.median(t[0] for t in times), times[0][1], len(times))
+            for (name, shape), times in rows.items()
+        ]
+
+    def sources(self) -> dict[str, str]:
+        """TIR of every function and the assembly of the whole model."""
+        return {f"{name}.tir.py": text for name, text in self._tir.items()} | {"model.s": self._assembly}
+
+    def weights_bytes(self) -> int:
+        """Bytes of the weights blob."""
+        return self._blob.numel()
+
+    def trim(self) -> None:
+        """Free the arenas that no call is using."""
+        self._arenas.clear()
+
+
+def _ready(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where native code can read it: contiguous, and aligned as vector loads assume; else a copy."""
+    if tensor.is_contiguous() and not tensor.data_ptr() % ALIGN:
+        return tensor
+    copy = aligned(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
+    return copy.copy_(tensor)

@@ -1,0 +1,144 @@
+"""Scalar semantics of the graph: the value of any node of a region at an index, as a TIR expression.
+
+View-like ops are index maps, so they cost nothing and never become kernels of their own inside a region; elementwise
+ops are expressions over their operands; sources are buffers in memory. The index of the last axis may be a vector
+(``lanes_at``), and then so is the value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+import tvm.sym
+from torch import fx
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_of, simplify, splat
+from planish.backends.tvm.index import cast, flat_index, to_tir
+from planish.backends.tvm.semantics import ELEMENTWISE, GATHERS, GENERATORS, VIEWS
+from planish.program import Program
+from planish.rules import aten
+
+
+class NeedsScalarLanes(Exception):
+    """A region's value cannot be computed a vector at a time; it is built again one element at a time."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor in memory: a flat TIR buffer and the tensor's contiguous shape."""
+
+    buffer: Any
+    shape: tuple[Expr, ...]
+    dtype: torch.dtype
+
+
+@dataclass
+class Evaluator:
+    """Values of the nodes of one region.
+
+    Attributes:
+        program: the graph's dims, for symbolic sizes.
+        dims: TIR variable of each dynamic dim.
+        sources: nodes whose values are in memory.
+        computed: nodes whose value at the current index is already known.
+        status: one-element int32 buffer that is set to 1 when an index read from memory is out of range.
+    """
+
+    program: Program
+    dims: Mapping[str, Expr]
+    sources: dict[fx.Node, Source]
+    status: Any = None
+    computed: dict[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
+    flat: bool = False
+
+    def size(self, value: Any) -> Expr:
+        """A size (int, symbolic int, node or sympy expression) as a Python int or TIR expression."""
+        expr = value if isinstance(value, (int, sympy.Expr)) else self.program.size(value)
+        return expr if isinstance(expr, int) else to_tir(expr, self.dims)
+
+    def flatten(self, size: Expr) -> None:
+        """From here on, see every tensor as one axis of ``size`` elements (elementwise regions of one shape)."""
+        self.flat = True
+        self.sources = {n: Source(s.buffer, (size,), s.dtype) for n, s in self.sources.items()}
+
+    def shape(self, node: fx.Node) -> tuple[Expr, ...]:
+        """Shape of a node's value."""
+        return tuple(self.size(s) for s in self.program.shape(node))
+
+    def at(self, node: Any, index: tuple[Expr, ...]) -> Expr:
+        """Value of ``node`` (or of a Python scalar) at ``index``."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node in self.computed:
+            return self.computed[node]
+        if not isinstance(node.meta["val"], torch.Tensor):
+            return self.size(node)
+        if node in self.sources:
+            return self.load(node, index)
+        if node.target in VIEWS:
+            return self.at(*VIEWS[node.target](self, node, index))
+        if node.target in GENERATORS:
+            return cast(GENERATORS[node.target](self, node, index), node.meta["val"].dtype)
+        if node.target in GATHERS:
+            return GATHERS[node.target](self, node, index)
+        return T.bind(self.elementwise(node, index))
+
+    def elementwise(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
+        """Value of an elementwise node; operands are broadcast to its shape."""
+        rank = len(self.program.shape(node))
+
+        def operand(arg: Any) -> Expr:
+            if not isinstance(arg, fx.Node) or not isinstance(arg.meta["val"], torch.Tensor):
+                return self.at(arg, ())
+            if self.flat:
+                return self.at(arg, index)
+            own = self.shape(arg)
+            part = index[rank - len(own) :]
+            return self.at(arg, tuple(0 if as_int(s) == 1 else i for s, i in zip(own, part, strict=True)))
+
+        return ELEMENTWISE[node.target](node, operand)
+
+    def load(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
+        """Read a source; contiguous lanes become one vector load, lanes that agree one scalar load."""
+        source = self.sources[node]
+        where = flat_index(source.shape, index)
+        if lanes_of(where) > 1 and isinstance(where, tirx.Broadcast):
+            where = where.value
+        value = T.bind(source.buffer[where])
+        return value != splat(0, lanes_of(value), "uint8") if source.dtype is torch.bool else value
+
+    def affine(self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]) -> tuple[fx.Node, list[Expr]] | None:
+        """Address of ``node`` at ``index`` as source, coefficients of the variables ``over``, and offset, in elements.
+
+        Returns None where the address is not linear or the node is not a view of a source.
+        """
+        while node not in self.sources:
+            if node.target not in VIEWS:
+                return None
+            node, index = VIEWS[node.target](self, node, index)
+        flat = flat_index(self.sources[node].shape, index)
+        found = tvm.sym.detect_linear_equation(flat if not isinstance(flat, int) else i32(flat), list(over))
+        return (node, [simplify(c) for c in found]) if len(found) else None
+
+    def checked(self, value: Expr, node: fx.Node, size: Expr) -> Expr:
+        """An index read from the tensor ``node``, made safe: out of range sets the status and reads element 0."""
+        base = node
+        while base.target in VIEWS:
+            base = base.args[0]  # pyright: ignore
+        if base.target is aten.arange.default and equal(self.size(base.args[0]), size):
+            return cast(value, torch.int32)
+        if lanes_of(value) > 1:
+            raise NeedsScalarLanes
+        wide = T.bind(cast(value, torch.int64))
+        limit = tirx.Cast("int64", size if not isinstance(size, int) else i32(size))
+        positive = T.bind(tirx.Select(wide < 0, wide + limit, wide))
+        outside = T.bind(tirx.Or(positive < 0, positive >= limit))
+        with T.If(outside), T.Then():
+            T.buffer_store(self.status, i32(1), [0])
+        return T.bind(tirx.Select(outside, i32(0), tirx.Cast("int32", positive)))

@@ -1,0 +1,168 @@
+"""A kernel under construction: its parameters, and the region of the graph it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import tvm
+from torch import fx
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, Function, function
+from planish.backends.tvm.expr import Evaluator, Source
+from planish.backends.tvm.index import storage_dtype
+from planish.plan import Size
+from planish.program import Program
+from planish.targets import Target
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one kernel computes: a lone op, or the inside of a fused group.
+
+    Attributes:
+        name: the node in the outer graph.
+        nodes: the operators, in execution order; the last one is the result.
+        inputs: nodes whose values come from outside (tensors only).
+    """
+
+    name: str
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+    @property
+    def result(self) -> fx.Node:
+        """The node whose value the region stores."""
+        return self.nodes[-1]
+
+    def find(self, targets: Any) -> fx.Node | None:
+        """The last node that calls one of ``targets``."""
+        return next((n for n in reversed(self.nodes) if n.target in targets), None)
+
+
+@dataclass
+class Module:
+    """Functions of the TIR module of one model; helpers such as micro-kernels are made on demand and shared."""
+
+    target: Target
+    functions: dict[str, tirx.PrimFunc] = field(default_factory=dict[str, tirx.PrimFunc])
+    globals: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict[str, tvm.ir.GlobalVar])
+    _by_hash: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
+
+    def helper(self, name: str, build: Callable[[], tirx.PrimFunc]) -> tvm.ir.GlobalVar:
+        """The helper function ``name``, built at first use."""
+        if name not in self.globals:
+            self.globals[name] = tvm.ir.GlobalVar(name)
+            self.functions[name] = build()
+        return self.globals[name]
+
+    def kernel(self, stem: str, func: tirx.PrimFunc) -> str:
+        """Name of ``func`` in the module: an equal kernel's name, or a new one made from ``stem``."""
+        key = tvm.ir.structural_hash(func)
+        for name in self._by_hash.setdefault(key, []):
+            if tvm.ir.structural_equal(self.functions[name], func):
+                return name
+        name = f"{stem}_{sum(n.rsplit('_', 1)[0] == stem for n in self.functions)}"
+        self._by_hash[key].append(name)
+        self.functions[name] = func
+        self.globals[name] = tvm.ir.GlobalVar(name)
+        return name
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """One kernel and what it is called with.
+
+    ``operands`` are graph nodes (their buffers), ``Packed`` weights, or a ``Scratch`` request, in parameter order.
+    """
+
+    stem: str
+    func: tirx.PrimFunc
+    operands: tuple[Any, ...]
+    op: str
+    shape: tuple[Size, ...]
+    flops: Size
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A constant stored in the blob in another layout: ``layout`` names it, ``width`` is its parameter."""
+
+    node: fx.Node
+    layout: str
+    width: int
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Arena memory that lives only during the call, in bytes."""
+
+    nbytes: Size
+
+
+@dataclass(frozen=True)
+class Status:
+    """The int32 that kernels set when they meet an index out of range."""
+
+
+@dataclass
+class Kernel:
+    """Parameters and evaluator of a kernel being written; see ``kernel``."""
+
+    module: Module
+    program: Program
+    region: Region
+    function: Function
+    ev: Evaluator
+    operands: list[Any] = field(default_factory=list[Any])
+
+    @property
+    def lanes(self) -> int:
+        """fp32 lanes of the target's vectors."""
+        return self.module.target.lanes
+
+    def pointer(self, operand: Any, dtype: str) -> Any:
+        """A parameter that receives ``operand``'s address."""
+        self.operands.append(operand)
+        return self.function.pointer(dtype)
+
+
+@contextmanager
+def kernel(
+    module: Module,
+    program: Program,
+    region: Region,
+    extra: Sequence[tuple[Any, str]] = (),
+    skip: Sequence[fx.Node] = (),
+) -> Iterator[tuple[Kernel, Any, list[Any]]]:
+    """Begin the kernel of a region; yields it, the output buffer and one buffer per ``extra`` operand.
+
+    Parameters in order: the region's inputs (but ``skip``), the output, the extras, the status, then one int32 per
+    dynamic dim.
+    """
+    with function() as f:
+        ev = Evaluator(program, {}, {})
+        k = Kernel(module, program, region, f, ev)
+        sources = [(n, k.pointer(n, storage_dtype(n.meta["val"].dtype))) for n in region.inputs if n not in skip]
+        out = k.pointer(region.result, storage_dtype(region.result.meta["val"].dtype))
+        extras = [k.pointer(operand, dtype) for operand, dtype in extra]
+        ev.status = k.pointer(Status(), "int32")
+        ev.dims = {name: f.scalar() for name in program.dims}
+        ev.sources |= {n: Source(buffer, ev.shape(n), n.meta["val"].dtype) for n, buffer in sources}
+        yield k, out, extras
+
+
+@contextmanager
+def rows_in_parallel(rows: Expr, tasks: int = 64) -> Iterator[Expr]:
+    """Emit a parallel loop over rows, in at most ``tasks`` contiguous chunks; yields the row."""
+    chunk = T.bind(T.max(T.floordiv(rows + (tasks - 1), tasks), 1))
+    with T.parallel(0, T.floordiv(rows + chunk - 1, chunk)) as c:
+        first = T.bind(c * chunk)
+        with T.serial(0, T.min(chunk, rows - first)) as r:
+            yield T.bind(first + r)
+
+

@@ -1,0 +1,296 @@
+"""Lowering: every op or fused group of a Program becomes a kernel call on planned buffers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from planish.backends.base import Unsupported
+from planish.backends.tvm.attention import lower_attention
+from planish.backends.tvm.elementwise import lower_elementwise
+from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
+from planish.backends.tvm.gemm import lower_linear, row_stride
+from planish.backends.tvm.index import DTYPES, storage_dtype, translatable
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, Status
+from planish.backends.tvm.rowwise import REDUCTIONS, ROWS, lower_reduction, lower_rows, norm_reason, reduction_reason
+from planish.backends.tvm.semantics import ELEMENTWISE, FLOAT_ONLY, GATHERS, GENERATORS, VIEWS, index_reason
+from planish.plan import Buffer, Call, Plan
+from planish.program import Program, source_line
+from planish.rules import argument, aten
+from planish.targets import Target
+
+assert Kernel is not None
+
+ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
+"""Views of a contiguous tensor that keep the order of its elements: another shape of the same buffer."""
+
+LINEAR, SDPA = aten.linear.default, aten.scaled_dot_product_attention.default
+
+
+def unsupported(program: Program, target: Target) -> list[Unsupported]:
+    """Every op without a lowering, with its reason; also inside fused groups."""
+    found: list[Unsupported] = []
+    for node in program.nodes():
+        inner = getattr(program.module, str(node.target)).graph.nodes if node.op == "call_module" else [node]
+        for n in inner:
+            reason = _reason(program, n)
+            if reason:
+                found.append(Unsupported(n.name, str(n.target), source_line(n), reason))
+    return found
+
+
+def _reason(program: Program, node: fx.Node) -> str | None:
+    value = node.meta.get("val")
+    if node.op == "output" or value is None:
+        return None
+    if not isinstance(value, torch.Tensor):
+        return None if translatable(program.size(value)) else f"the size {program.size(value)} has no integer form"
+    if value.dtype not in DTYPES:
+        return f"the dtype {value.dtype} has no kernels yet"
+    if not all(translatable(s) for s in program.shape(value)):
+        return "its shape has no integer form"
+    if node.op != "call_function":
+        return None
+    return _op_reason(node)
+
+
+def _op_reason(node: fx.Node) -> str | None:
+    target: Any = node.target
+    if target in ELEMENTWISE:
+        wrong = target in FLOAT_ONLY and node.meta["val"].dtype is not torch.float32
+        return f"it is native for float32 only, not {node.meta['val'].dtype}" if wrong else None
+    if target is aten.index.Tensor:
+        return index_reason(node)
+    if target in VIEWS or target in GENERATORS or target in GATHERS:
+        return None
+    checks = {LINEAR: _linear_reason, SDPA: _attention_reason, aten.layer_norm.default: norm_reason}
+    if target in checks:
+        return checks[target](node)
+    if target in ROWS or target in REDUCTIONS:
+        return reduction_reason(node)
+    return "it has no lowering"
+
+
+def _linear_reason(node: fx.Node) -> str | None:
+    weight = node.args[1]
+    if not (isinstance(weight, fx.Node) and weight.op in ("get_attr", "placeholder") and weight.meta["val"].dim() == 2):
+        return "the weight of a linear layer must be a constant matrix"
+    return None if node.meta["val"].dtype is torch.float32 else "linear layers are native for float32 only"
+
+
+def _attention_reason(node: fx.Node) -> str | None:
+    q, k = (a.meta["val"] for a in node.args[:2])  # pyright: ignore
+    if argument(node, 4, "dropout_p", 0.0):
+        return "dropout in attention is training"
+    if q.shape[:-2] != k.shape[:-2]:
+        return "query and key have different heads or batches"
+    if isinstance(q.shape[-1], torch.SymInt):
+        return "the head size must be fixed"
+    return None
+
+
+@dataclass
+class Lowering:
+    """State of lowering one Program: the TIR module, the plan, and where each node's value is."""
+
+    program: Program
+    target: Target
+    module: Module
+    plan: Plan = field(default_factory=Plan)
+    place: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
+    constants: list[tuple[int, fx.Node, str, int]] = field(default_factory=list[tuple[int, fx.Node, str, int]])
+    packed: dict[tuple[Any, str, int], int] = field(default_factory=dict[tuple[Any, str, int], int])
+
+    def buffer(self, node: fx.Node, kind: str) -> int:
+        """A new buffer for the node's value."""
+        value = node.meta["val"]
+        self.plan.buffers.append(Buffer(node.name, kind, value.element_size(), self.program.shape(value)))
+        return len(self.plan.buffers) - 1
+
+    def lower(self) -> None:
+        """Fill plan and module."""
+        outputs: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
+        for node in self.program.nodes():
+            if node.op == "placeholder":
+                self.place[node] = self.buffer(node, "input")
+        direct = self._direct_outputs(outputs)
+        for node in self.program.nodes():
+            if node.op in ("call_function", "call_module") and isinstance(node.meta["val"], torch.Tensor):
+                self._lower_node(node, direct)
+        for output in outputs:
+            if self.plan.buffers[self._place(output)].kind != "output" or outputs.count(output) > 1:
+                self._copy_out(output)
+        self.outputs = [self.result[o] if o in self.result else self._place(o) for o in outputs]
+
+    result: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
+    outputs: list[int] = field(default_factory=list[int])
+
+    def _direct_outputs(self, outputs: list[fx.Node]) -> set[fx.Node]:
+        """Nodes whose kernel writes straight into an output tensor."""
+        return {o for o in outputs if o.op in ("call_function", "call_module") and o.target not in ALIASES}
+
+    def _copy_out(self, output: fx.Node) -> None:
+        """An output that is an input, a constant, a view or returned twice gets a tensor of its own."""
+        if output in self.result:
+            return
+        index = self.buffer(output, "output")
+        copy = fx.Graph()
+        source = copy.placeholder("source")
+        same = copy.call_function(aten._to_copy.default, (source,), {"dtype": output.meta["val"].dtype})
+        source.meta["val"] = same.meta["val"] = output.meta["val"]
+        region = Region(output.name, (same,), (source,))
+        self._emit(region, self._choose(region), {source: output}, index)
+        self.result[output] = index
+
+    def _lower_node(self, node: fx.Node, direct: set[fx.Node]) -> None:
+        if node.target in ALIASES and node.args[0] in self.place and self._is_plain(node.args[0]):
+            self.place[node] = self.place[node.args[0]]
+            return
+        region, outer = self._region(node)
+        self._lower_region(region, outer, node, direct)
+
+    def _is_plain(self, node: Any) -> bool:
+        return self.plan.buffers[self.place[node]].kind in ("arena", "input")
+
+    def _region(self, node: fx.Node) -> tuple[Region, dict[fx.Node, fx.Node]]:
+        """The region of a lone op or group, and which outer node each of its inputs is."""
+        if node.op == "call_module":
+            graph = getattr(self.program.module, str(node.target)).graph
+            inner = [n for n in graph.nodes if n.op == "placeholder"]
+            outer = dict(zip(inner, node.args, strict=True))
+            nodes = tuple(n for n in graph.nodes if n.op == "call_function")
+            tensors = tuple(n for n in inner if isinstance(n.meta["val"], torch.Tensor))
+            return Region(node.name, nodes, tensors), outer  # pyright: ignore
+        inputs = tuple(dict.fromkeys(n for n in node.all_input_nodes if isinstance(n.meta["val"], torch.Tensor)))
+        return Region(node.name, (node,), inputs), {n: n for n in inputs}
+
+    def _lower_region(self, region: Region, outer: dict[fx.Node, fx.Node], node: fx.Node, direct: set[fx.Node]) -> None:
+        region, outer = self._with_matrix_operands(region, outer)
+        lowered = self._choose(region)
+        index = self.buffer(node, "output" if node in direct else "arena")
+        self._emit(region, lowered, outer, index)
+        self.place[node] = index
+
+    def _with_matrix_operands(self, region: Region, outer: dict[fx.Node, fx.Node]) -> tuple[Region, dict[fx.Node, fx.Node]]:
+        """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
+        anchor = region.find({LINEAR, SDPA})
+        if anchor is None:
+            return region, outer
+        count = 1 if anchor.target is LINEAR else 3
+        for operand in dict.fromkeys(anchor.args[:count]):
+            assert isinstance(operand, fx.Node)
+            if operand not in region.inputs and not self._is_matrix(region, operand, anchor):
+                before = region.nodes[: region.nodes.index(operand) + 1]
+                index = self.buffer(operand, "arena")
+                part = Region(f"{region.name}_{operand.name}", _needed(before), region.inputs)
+                part = replace(part, inputs=_used_inputs(part))
+                self._emit(part, self._choose(part), outer, index)
+                self.place[operand] = index
+                outer = {**outer, operand: operand}
+                rest = _without(region, operand)
+                region = replace(rest, inputs=(*_used_inputs(rest), operand))
+        return region, outer
+
+    def _is_matrix(self, region: Region, operand: fx.Node, anchor: fx.Node) -> bool:
+        from planish.backends.tvm.builder import function
+
+        with function() as f:
+            dims = {name: f.scalar() for name in self.program.dims}
+            ev = Evaluator(self.program, dims, {})
+            ev.sources = {n: Source(None, ev.shape(n), n.meta["val"].dtype) for n in region.inputs}
+            depth = int(operand.meta["val"].shape[-1])
+            if anchor.target is LINEAR:
+                return row_stride(ev, operand, depth) is not None
+            return ev.affine(operand, *(2 * (_variables(len(ev.shape(operand))),))) is not None
+
+    def _choose(self, region: Region) -> Lowered:
+        """The kernel of a region: by the op it is built around, elementwise if there is none."""
+        for lanes in (self.target.lanes, 1):
+            try:
+                return self._template(region, lanes)
+            except NeedsScalarLanes:
+                continue
+        raise AssertionError("one lane always works")
+
+    def _template(self, region: Region, lanes: int) -> Lowered:
+        module, program = self.module, self.program
+        if anchor := region.find({LINEAR}):
+            return lower_linear(module, program, region, anchor)
+        if anchor := region.find({SDPA}):
+            lowered = lower_attention(module, program, region, anchor)
+            assert lowered is not None, "operands are matrices"
+            return lowered
+        if anchor := region.find(ROWS):
+            return lower_rows(module, program, region, anchor, lanes)
+        if anchor := region.find(REDUCTIONS):
+            return lower_reduction(module, program, region, anchor, lanes)
+        return lower_elementwise(module, program, region, lanes)
+
+    def _emit(self, region: Region, lowered: Lowered, outer: dict[fx.Node, fx.Node], index: int) -> None:
+        """Append the call; operands become buffers."""
+        operands: list[int] = []
+        for operand in lowered.operands:
+            if operand is region.result:
+                operands.append(index)
+            elif isinstance(operand, Packed):
+                operands.append(self._constant(outer[operand.node], operand.layout, operand.width))
+            elif isinstance(operand, Scratch):
+                self.plan.buffers.append(Buffer(f"{region.name}_scratch", "arena", 1, (operand.nbytes,)))
+                operands.append(len(self.plan.buffers) - 1)
+            elif isinstance(operand, Status):
+                operands.append(STATUS)
+            else:
+                operands.append(self._place(outer[operand]))
+        name = self.module.kernel(lowered.stem, lowered.func)
+        self.plan.calls.append(Call(name, tuple(operands), region.name, lowered.op, lowered.shape, lowered.flops))
+
+    def _place(self, node: fx.Node) -> int:
+        if node.op == "get_attr":
+            return self._constant(node, "plain", 0)
+        return self.place[node]
+
+    def _constant(self, node: fx.Node, layout: str, width: int) -> int:
+        key = (node.target, layout, width)
+        if key not in self.packed:
+            self.packed[key] = self.buffer(node, "constant")
+            self.constants.append((self.packed[key], node, layout, width))
+        return self.packed[key]
+
+
+STATUS = -1
+"""Operand index of the status word."""
+
+
+def _variables(count: int) -> tuple[Any, ...]:
+    from tvm import tirx
+
+    return tuple(tirx.Var(f"i{axis}", "int32") for axis in range(count))
+
+
+def _needed(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """The nodes that the last one depends on, in order."""
+    keep: set[fx.Node] = {nodes[-1]}
+    for n in reversed(nodes):
+        if n in keep:
+            keep |= set(n.all_input_nodes)
+    return tuple(n for n in nodes if n in keep)
+
+
+def _without(region: Region, operand: fx.Node) -> Region:
+    """The region's nodes that are still needed once ``operand`` comes from outside."""
+    keep: set[fx.Node] = {region.result}
+    for n in reversed(region.nodes):
+        if n in keep and n is not operand:
+            keep |= set(n.all_input_nodes)
+    return Region(region.name, tuple(n for n in region.nodes if n in keep and n is not operand), region.inputs)
+
+
+def _used_inputs(region: Region) -> tuple[fx.Node, ...]:
+    used = {i for n in region.nodes for i in n.all_input_nodes}
+    return tuple(n for n in region.inputs if n in used)
+
+
+assert storage_dtype is not None

@@ -1,0 +1,111 @@
+"""The register-blocked fp32 tile that GEMM and attention are made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at
+from planish.backends.tvm.kernel import Module
+from planish.targets import Target
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Register block: ``rows`` by ``vectors`` accumulators, plus one register per B vector and one for A.
+
+    8 x 3 on 32 registers and 4 x 3 on 16 leave the row count a divisor of common batch shapes; measured on AVX-512,
+    8 x 48 runs at 90-95 % of the FMA peak, 12 x 32 and 6 x 64 slightly below.
+    """
+
+    rows: int
+    vectors: int
+
+
+def gemm_tile(target: Target) -> Tile:
+    """Block for wide outputs."""
+    return Tile(8, 3) if target.vector_registers >= 32 else Tile(4, 3)
+
+
+def attention_tile(target: Target) -> Tile:
+    """Block for attention, whose head sizes are multiples of two vectors."""
+    return Tile(12, 2) if target.vector_registers >= 32 else Tile(6, 2)
+
+
+def build_tile(rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
+    """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
+
+    Parameters: A, lda, B, ldb, C, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
+    Strides are in elements. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
+    do not depend on how rows are cut into tiles.
+    """
+    with function() as f:
+        a = f.pointer("float32", align=4)
+        lda = f.scalar()
+        b = f.pointer("float32", align=4)
+        ldb = f.scalar()
+        c = f.pointer("float32", align=4)
+        ldc = f.scalar()
+        depth = f.scalar()
+        last = f.scalar() if ragged else None
+        whole = T.ramp(0, 1, lanes)
+        acc = [[T.alloc_buffer((lanes,), "float32") for _ in range(vectors)] for _ in range(rows)]
+        for row in acc:
+            for register in row:
+                T.buffer_store(register, T.broadcast(f32(0.0), lanes), [whole])
+        with T.serial(0, depth) as k:
+            panel = [T.bind(b[lanes_at(k * ldb + v * lanes, lanes)]) for v in range(vectors)]
+            for i, row in enumerate(acc):
+                scalar = T.bind(T.broadcast(a[i * lda + k], lanes))
+                for register, column in zip(row, panel, strict=True):
+                    T.buffer_store(register, register[whole] + scalar * column, [whole])
+        for i, row in enumerate(acc):
+            for v, register in enumerate(row):
+                if last is None or v < vectors - 1:
+                    T.buffer_store(c, register[whole], [lanes_at(i * ldc + v * lanes, lanes)])
+                else:
+                    spill = T.alloc_buffer((lanes,), "float32")
+                    T.buffer_store(spill, register[whole], [whole])
+                    with T.serial(0, last) as j:
+                        T.buffer_store(c, spill[j], [i * ldc + v * lanes + j])
+    assert f.func is not None
+    return f.func
+
+
+def tile(module: Module, rows: int, vectors: int, *, ragged: bool = False) -> tvm.ir.GlobalVar:
+    """The tile function of this size, shared by all kernels of the module."""
+    lanes = module.target.lanes
+    name = f"tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "")
+    return module.helper(name, lambda: build_tile(rows, vectors, lanes, ragged=ragged))
+
+
+def call_tile(
+    module: Module,
+    block: Tile,
+    left: Expr,
+    operands: tuple[Expr, Expr, Expr, Expr, Expr, Expr, Expr],
+    *,
+    vectors: int,
+    tail_lanes: int = 0,
+) -> None:
+    """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
+
+    Args:
+        operands: A, lda, B, ldb, C, ldc, K.
+        tail_lanes: lanes of the last vector to store, 0 for all.
+    """
+    arguments = (*operands, i32(tail_lanes)) if tail_lanes else operands
+
+    def choose(rows: int) -> None:
+        condition = left >= rows if rows == block.rows else left == rows
+        with T.If(condition):
+            with T.Then():
+                T.evaluate(tile(module, rows, vectors, ragged=bool(tail_lanes))(*arguments))
+            if rows > 1:
+                with T.Else():
+                    choose(rows - 1)
+
+    choose(block.rows)

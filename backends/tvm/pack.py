@@ -1,0 +1,69 @@
+"""The weights blob: every constant at an aligned offset, in the layout its kernel reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from planish.plan import ALIGN
+
+
+def columns(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
+    """A linear layer's weight [N, K] as column panels [N/width][K][width]; the last panel may be narrower.
+
+    Its width is the rest of N rounded up to whole vectors, padded with zeros.
+    """
+    n, depth = weight.shape
+    whole, rest = divmod(n, width)
+    panels = weight[: whole * width].view(whole, width, depth).transpose(1, 2).reshape(-1)
+    if not rest:
+        return panels
+    padded = torch.zeros(-(-rest // lanes) * lanes, depth, dtype=weight.dtype)
+    padded[:rest] = weight[whole * width :]
+    return torch.cat([panels, padded.t().reshape(-1)])
+
+
+Layout = Callable[[torch.Tensor, int, int], torch.Tensor]
+LAYOUTS: dict[str, Layout] = {"plain": lambda t, width, lanes: t.contiguous().view(-1), "columns": columns}
+"""Layout name to packing function (tensor, width, lanes) -> flat tensor."""
+
+
+def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, lanes: int) -> int:
+    """Bytes of a constant in its layout."""
+    elements = 1
+    for s in shape:
+        elements *= s
+    if layout == "columns":
+        n, depth = shape
+        rest = n % width
+        elements = (n - rest + -(-rest // lanes) * lanes) * depth
+    return elements * itemsize
+
+
+def aligned(nbytes: int) -> torch.Tensor:
+    """Uninitialised bytes whose address is a multiple of ``ALIGN``."""
+    raw = torch.empty(nbytes + ALIGN, dtype=torch.uint8)
+    start = -raw.data_ptr() % ALIGN
+    return raw[start : start + nbytes]
+
+
+def build_blob(
+    constants: Sequence[tuple[int, torch.Tensor, str, int]], lanes: int
+) -> tuple[torch.Tensor, dict[int, int]]:
+    """The blob and each constant's offset in it.
+
+    Args:
+        constants: (buffer index, tensor, layout, width).
+        lanes: fp32 lanes of a vector.
+    """
+    offsets: dict[int, int] = {}
+    size = 0
+    for index, tensor, layout, width in constants:
+        offsets[index] = size
+        size += -(-packed_bytes(tensor.shape, tensor.element_size(), layout, width, lanes) // ALIGN) * ALIGN
+    blob = aligned(max(size, ALIGN))
+    for index, tensor, layout, width in constants:
+        data = LAYOUTS[layout](tensor, width, lanes).contiguous().view(torch.uint8)
+        blob[offsets[index] : offsets[index] + data.numel()] = data
+    return blob, offsets

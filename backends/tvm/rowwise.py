@@ -1,0 +1,195 @@
+"""Norms, softmax and reductions over the last axis: one row at a time, with the ops before and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import sympy
+from torch import fx
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm import vmath
+from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, lanes_at, splat
+from planish.backends.tvm.index import unflatten_index
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
+from planish.program import Program
+from planish.rules import argument, aten
+
+Index = tuple[Expr, ...]
+
+
+def accumulate(k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Expr], Expr], value: Any, lanes: int) -> Expr:
+    """Combine ``value(start, lanes)`` over ``0..size``: whole vectors lane by lane, then the rest, in a fixed order."""
+    wide = T.alloc_buffer((lanes,), "float32")
+    narrow = T.alloc_buffer((1,), "float32")
+    whole = lanes_at(i32(0), lanes)
+    T.buffer_store(wide, splat(start, lanes), [whole])
+    T.buffer_store(narrow, f32(start), [i32(0)])
+    for at, count in for_vectors(size, lanes):
+        into, where = (wide, whole) if count > 1 else (narrow, i32(0))
+        T.buffer_store(into, combine(into[where], value(at, count)), [where])
+    return T.bind(combine(horizontal(T.bind(wide[whole]), lanes, combine), narrow[0]))
+
+
+def add(a: Expr, b: Expr) -> Expr:
+    """Sum."""
+    return a + b
+
+
+def maximum(a: Expr, b: Expr) -> Expr:
+    """Maximum that keeps NaN ("a > b ? a : b" keeps a NaN of b)."""
+    return tirx.Select(a != a, a, T.max(a, b))  # noqa: PLR0124
+
+
+def normalise_row(k: Kernel, norm: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int = 0) -> None:
+    """Layer-normalise the row at ``out[base : base+size]`` in place, then apply the region's ops after the norm.
+
+    Two passes for the statistics (mean, then the mean square of the differences), as accurate as PyTorch's.
+    """
+    lanes = lanes or k.lanes
+    weight, bias, eps = argument(norm, 2, "weight"), argument(norm, 3, "bias"), argument(norm, 4, "eps", 1e-5)
+    scale = f32(1.0) / (f32(float(size)) if isinstance(size, int) else tirx.Cast("float32", size))
+
+    def at(start: Expr, count: int) -> Expr:
+        return out[lanes_at(base + start, count)]
+
+    mean = T.bind(accumulate(k, size, 0.0, add, at, lanes) * scale)
+
+    def squared(start: Expr, count: int) -> Expr:
+        difference = T.bind(at(start, count) - splat(mean, count))
+        return difference * difference
+
+    variance = accumulate(k, size, 0.0, add, squared, lanes) * scale
+    inverse = T.bind(f32(1.0) / T.sqrt(variance + f32(eps)))
+    for start, count in for_vectors(size, lanes):
+        last = lanes_at(start, count)
+        value = (at(start, count) - splat(mean, count)) * splat(inverse, count)
+        if weight is not None:
+            value = value * k.ev.at(weight, (last,))
+        if bias is not None:
+            value = value + k.ev.at(bias, (last,))
+        store(k, norm, T.bind(value), out, base + start, (*index, last), count)
+
+
+def store(k: Kernel, anchor: fx.Node, value: Expr, out: tirx.Buffer, at: Expr, index: Index, lanes: int) -> None:
+    """Store the region's result at ``index``, the anchor's value there being ``value``."""
+    before = k.ev.computed
+    k.ev.computed = {anchor: value}
+    result = k.ev.at(k.region.result, index)
+    k.ev.computed = before
+    T.buffer_store(out, splat(result, lanes), [lanes_at(at, lanes)])
+
+
+def softmax_row(k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int) -> None:
+    """Softmax of the row at ``out[base : base+size]`` in place: maximum, exponentials and their sum, scaling."""
+
+    def at(start: Expr, count: int) -> Expr:
+        return out[lanes_at(base + start, count)]
+
+    top = accumulate(k, size, float("-inf"), maximum, at, lanes)
+
+    def exponential(start: Expr, count: int) -> Expr:
+        value = vmath.exp_nonpositive(at(start, count) - splat(top, count))
+        T.buffer_store(out, value, [lanes_at(base + start, count)])
+        return value
+
+    total = accumulate(k, size, 0.0, add, exponential, lanes)
+    inverse = T.bind(f32(1.0) / total)
+    for start, count in for_vectors(size, lanes):
+        value = T.bind(at(start, count) * splat(inverse, count))
+        store(k, node, value, out, base + start, (*index, lanes_at(start, count)), count)
+
+
+ROWS: dict[Any, Callable[..., None]] = {
+    aten.layer_norm.default: normalise_row,
+    aten.softmax.int: softmax_row,
+    aten._softmax.default: softmax_row,
+}
+"""Ops that map a row to a row of the same length."""
+
+REDUCTIONS: dict[Any, tuple[float, Callable[[Expr, Expr], Expr], bool]] = {
+    aten.mean.dim: (0.0, add, True),
+    aten.sum.dim_IntList: (0.0, add, False),
+    aten.amax.default: (float("-inf"), maximum, False),
+}
+"""Ops that reduce the last axis: start value, combination, and whether the result is divided by the length."""
+
+
+def lower_rows(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
+    """Kernel of a region around a norm or softmax.
+
+    before: ``gelu(layer_norm(a + b))``
+    after:  for each row: store a+b into the result's row while summing it, normalise it there, GELU on the way out
+    """
+    with kernel(module, program, region) as (k, out, _):
+        shape = k.ev.shape(anchor)
+        lead, size = shape[:-1], shape[-1]
+        x = anchor.args[0]
+        with rows_in_parallel(_count(lead)) as row:
+            index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
+            base = T.bind(row * size)
+            for start, count in for_vectors(size, lanes):
+                value = k.ev.at(x, (*index, lanes_at(start, count)))
+                T.buffer_store(out, splat(value, count), [lanes_at(base + start, count)])
+            ROWS[anchor.target](k, anchor, out, base, size, index, lanes)
+    return _lowered(k, program, anchor)
+
+
+def lower_reduction(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
+    """Kernel of a region around a reduction over the last axis.
+
+    before: ``sqrt(mean(a * a, -1))``
+    after:  for each row: one accumulated vector, combined pairwise; the square root on the result
+    """
+    start_value, combine, divide = REDUCTIONS[anchor.target]
+    with kernel(module, program, region) as (k, out, _):
+        x = anchor.args[0]
+        assert isinstance(x, fx.Node)
+        shape = k.ev.shape(x)
+        lead, size = shape[:-1], shape[-1]
+        with rows_in_parallel(_count(lead)) as row:
+            index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
+            value = accumulate(
+                k, size, start_value, combine, lambda s, c: splat(k.ev.at(x, (*index, lanes_at(s, c))), c), lanes
+            )
+            if divide:
+                value = T.bind(value / (f32(float(size)) if isinstance(size, int) else tirx.Cast("float32", size)))
+            kept = len(k.ev.shape(k.region.result)) > len(lead)
+            store(k, anchor, value, out, row, (*index, 0) if kept else index, 1)
+    return _lowered(k, program, anchor)
+
+
+def _count(lead: tuple[Expr, ...]) -> Expr:
+    total: Expr = i32(1)
+    for s in lead:
+        total = total * s
+    return T.bind(total)
+
+
+def _lowered(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
+    x = anchor.args[0]
+    elements = sympy.prod(program.shape(x))
+    assert k.function.func is not None
+    name = str(anchor.target).split(".")[1]
+    return Lowered(name, k.function.func, tuple(k.operands), name, program.shape(x), 5 * elements)
+
+
+def reduction_reason(node: fx.Node) -> str | None:
+    """Why a reduction or softmax has no kernel here, or None."""
+    rank = node.args[0].meta["val"].dim()  # pyright: ignore
+    axes = node.args[1] if len(node.args) > 1 else None
+    axes = [axes] if isinstance(axes, int) else axes
+    if not axes or [a % rank for a in axes] != [rank - 1]:  # pyright: ignore
+        return "only the last axis is reduced natively"
+    if not node.args[0].meta["val"].is_floating_point():  # pyright: ignore
+        return "only floating-point values are reduced natively"
+    return None
+
+
+def norm_reason(node: fx.Node) -> str | None:
+    """Why a layer norm has no kernel here, or None."""
+    return None if len(node.args[1]) == 1 else "only the last axis is normalised natively"  # pyright: ignore
+
+

@@ -1,0 +1,127 @@
+"""Transcendental functions as polynomials on whole vectors; the same code serves scalars.
+
+Each takes and returns fp32 expressions with any number of lanes, and names its maximal error against fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tvm import tirx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, lanes_of, splat
+
+_LOG2E = float.fromhex("0x1.715476p+0")
+_LN2_HIGH = float.fromhex("0x1.62E43p-1")
+_LN2_LOW = float.fromhex("0x1.05C61p-29")
+_EXP = [float.fromhex(c) for c in ("0x1.0F9F9Cp-7", "0x1.573A1Ap-5", "0x1.555A80p-3", "0x1.FFFDC6p-2", "0x1.FFFFF6p-1")]
+_EXP_LOWEST, _EXP_HIGHEST = -87.3, 88.3762
+
+
+def _horner(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Polynomial with the highest power's coefficient first."""
+    lanes = lanes_of(x)
+    value: Expr = splat(coefficients[0], lanes)
+    for c in coefficients[1:]:
+        value = value * x + splat(c, lanes)
+    return T.bind(value)
+
+
+def exp(x: Expr) -> Expr:
+    """e^x, relative error 2e-7; 0 below -87.3 (where fp32 turns subnormal) and infinity above 88.37."""
+    lanes = lanes_of(x)
+    x = T.bind(x)
+    value = exp_nonpositive(T.min(splat(_EXP_HIGHEST, lanes), x))
+    return T.bind(tirx.Select(x > splat(_EXP_HIGHEST, lanes), splat(float("inf"), lanes), value))
+
+
+def exp_nonpositive(x: Expr) -> Expr:
+    """e^x without the upper range check, for the x <= 0 (or -inf) of a softmax.
+
+    x = n ln2 + t with t in [-ln2/2, ln2/2] (Cody-Waite in two steps); e^t is a degree-5 polynomial with the
+    coefficients of Dukhan and Ablavatski (arXiv 2001.04438); 2^n is added into the exponent bits. n is rounded with
+    ``nearbyint``: TVM's simplifier would remove the usual trick of adding and subtracting a large constant. The
+    operand order of ``max`` lets NaN through: it is "a > b ? a : b".
+    """
+    lanes = lanes_of(x)
+    x = T.bind(x)
+    clamped = T.bind(T.max(splat(_EXP_LOWEST, lanes), x))
+    n = T.bind(T.nearbyint(clamped * splat(_LOG2E, lanes)))
+    t = T.bind(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
+    p = _horner(t, [*_EXP, 1.0])
+    kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
+    bits = T.reinterpret(ints, p) + T.shift_left(T.cast(n, ints), splat(23, lanes, "int32"))
+    return T.bind(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), T.reinterpret(kind, bits)))
+
+
+_ERF_LIMIT = 3.8890872965260113
+_ERF = [
+    0.0018561175093054771,
+    -0.004039109218865633,
+    0.001809928915463388,
+    -0.0029748636297881603,
+    0.013360272161662579,
+    -0.02228289656341076,
+    0.028748732060194016,
+    -0.04118291288614273,
+    0.05765694007277489,
+    -0.07393962889909744,
+    0.09069980680942535,
+    -0.10969780385494232,
+    0.13502287864685059,
+    -0.18150745332241058,
+    0.3635997772216797,
+]
+
+
+def erf(x: Expr) -> Expr:
+    """erf(x), absolute error 3.3e-7.
+
+    erf(x)/x is even: a degree-14 Chebyshev fit in w = 2 x^2/L^2 - 1 on |x| <= L = 5.5/sqrt(2) (powers of w, because
+    powers of x^2 cancel badly in fp32); beyond L the value at L, which is 1 to 4e-8.
+    """
+    lanes = lanes_of(x)
+    limit = splat(_ERF_LIMIT, lanes)
+    z = T.bind(T.max(T.min(x, limit), -limit))
+    w = T.bind(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
+    return T.bind(_horner(w, _ERF) * z)
+
+
+def gelu(x: Expr) -> Expr:
+    """x/2 (1 + erf(x/sqrt 2)): the exact GELU."""
+    lanes = lanes_of(x)
+    return T.bind(x * splat(0.5, lanes) * (splat(1.0, lanes) + erf(x * splat(0.7071067811865476, lanes))))
+
+
+_TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1]
+
+
+def tanh(x: Expr) -> Expr:
+    """tanh(x), relative error 3e-7: an odd polynomial (Cephes' coefficients) below 0.625, else 1 - 2/(e^2|x| + 1)."""
+    lanes = lanes_of(x)
+    x = T.bind(x)
+    one, size = splat(1.0, lanes), T.bind(T.max(x, -x))
+    square = T.bind(x * x)
+    small = x + x * square * _horner(square, _TANH)
+    large = one - splat(2.0, lanes) / (exp(size + size) + one)
+    signed = tirx.Select(x < splat(0.0, lanes), -large, large)
+    return T.bind(tirx.Select(size < splat(0.625, lanes), small, signed))
+
+
+def gelu_tanh(x: Expr) -> Expr:
+    """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GELU's tanh form."""
+    lanes = lanes_of(x)
+    inner = x * splat(0.7978845608028654, lanes) * (splat(1.0, lanes) + splat(0.044715, lanes) * x * x)
+    return T.bind(x * splat(0.5, lanes) * (splat(1.0, lanes) + tanh(inner)))
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1/(1 + e^-x)."""
+    lanes = lanes_of(x)
+    return T.bind(splat(1.0, lanes) / (splat(1.0, lanes) + exp(-x)))
+
+
+def silu(x: Expr) -> Expr:
+    """x sigmoid(x)."""
+    return T.bind(x * sigmoid(x))

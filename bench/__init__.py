@@ -1,0 +1,1 @@
+"""Benchmarks: ``python -m planish.bench encoder --json FILE --threads N``. Importing this package loads no torch."""

@@ -1,0 +1,115 @@
+"""The encoder benchmark: MiniLM on real documents, eager against inductor against compiled."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planish import models
+from planish.bench import inductor, limits, memory, overhead
+from planish.bench.kernels import kernel_rows
+from planish.bench.latency import MIN_ROUNDS, interleave
+from planish.bench.quality import outputs, quality
+from planish.bench.result import BenchResult, make_row
+from planish.models.base import Batch, LoadedModel
+
+COMPILED = "planish-fp32"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        threads: of torch, inductor, the compiled model and the limits.
+        rounds: timed rounds over all batches.
+        docs: documents, in file order.
+        batch: documents per batch.
+        max_len: tokens per document at most.
+        model: name in ``planish.models``.
+    """
+
+    threads: int
+    rounds: int = 11
+    docs: int = 64
+    batch: int = 16
+    max_len: int = 256
+    model: str = "minilm"
+
+    def __post_init__(self) -> None:
+        if self.rounds < MIN_ROUNDS:
+            raise ValueError(f"rounds is {self.rounds}: an interval needs at least {MIN_ROUNDS}")
+
+
+def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str], None]) -> BenchResult:
+    """Run the benchmark.
+
+    Args:
+        options: what to run.
+        compile_model: ``planish.compile``.
+        log: told the name of each phase.
+
+    Raises:
+        PlanishError: the model does not compile, a package or tool is missing, or outputs are not finite.
+    """
+    torch.set_num_threads(options.threads)
+    log("peak memory, in processes of their own")
+    peaks = {name: memory.peak(name, options.model, options.threads, options.docs) for name in ("planish", "eager")}
+    loaded = models.load(options.model)
+    batches = loaded.data.batches(options.docs, options.batch, options.max_len)
+    with torch.inference_mode(), limits.probe(options.threads) as probe:
+        log("the machine's limits")
+        limits_before = limits.measure(probe)
+        log(f"compiling {options.model}, twice")
+        compiled, compile_times = _compile_twice(compile_model, loaded)
+        log("compiling with inductor, both modes")
+        rival = inductor.build(loaded.model, batches)
+        log(f"{options.rounds} interleaved rounds")
+        calls: dict[str, Callable[..., Any]] = {"eager": loaded.model}
+        if isinstance(rival, inductor.Inductor):
+            calls["inductor"] = rival.call
+        calls[COMPILED] = compiled
+        times = interleave({n: inductor.run_all(c, batches) for n, c in calls.items()}, options.rounds)
+        reference = outputs(loaded.model, batches, loaded.metric)
+        qualities = {n: quality(c, reference, batches, loaded.metric) for n, c in calls.items()}
+        log("each kernel alone, call overhead")
+        limits_found = limits.combine(limits_before, limits.measure(probe))
+        rows = [make_row(n, times, qualities[n], _versus(n, calls)) for n in calls]
+        probes = _probe_batches(loaded, batches)
+        kernels = kernel_rows(compiled, probes, limits_found["fma_gflops"])
+        extra = {
+            "batches": [list(b["input_ids"].shape) for b in batches],
+            **compile_times,
+            **overhead.call_overhead(compile_model),
+            **overhead.after_torch_op(compiled, probes[1]),
+            "memory": {**compiled.memory(batches[0]), "peak_rss": peaks},
+            "inductor": {"mode": rival.mode, "trial_ms": rival.trial_ms} if not isinstance(rival, str) else None,
+        }
+    absent = [{"name": "inductor", "reason": rival}] if isinstance(rival, str) else []
+    return BenchResult("encoder", options.threads, limits_found, rows, kernels, absent, extra)
+
+
+def _compile_twice(compile_model: Callable[..., Any], loaded: LoadedModel) -> tuple[Any, dict[str, float]]:
+    """The compiled model, with the seconds of compiling it (export included) and of doing the same again."""
+    seconds: list[float] = []
+    compiled = None
+    for _ in range(2):
+        start = time.perf_counter()
+        compiled = compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic)
+        seconds.append(time.perf_counter() - start)
+    return compiled, {"compile_s": seconds[0], "second_compile_s": seconds[1]}
+
+
+def _versus(name: str, calls: dict[str, Callable[..., Any]]) -> tuple[str, ...]:
+    return ("inductor",) if name == COMPILED and "inductor" in calls else ()
+
+
+def _probe_batches(loaded: LoadedModel, batches: list[Batch]) -> list[Batch]:
+    """Inputs for the table of kernels: a full batch, 64 tokens, and a row count no tile size divides."""
+    small = loaded.data.batches(1, 1, 64)[0]
+    ragged = loaded.data.batches(7, 7, 143)[0]
+    return [batches[0], small, ragged]

@@ -1,0 +1,104 @@
+"""Prints a benchmark's result as tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+_MIB = 1 << 20
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the JSON object of a benchmark for people: limits, contenders, kernels, the extra figures."""
+    machine, limits = result["machine"], result["limits"]
+    by_isa = ", ".join(f"{isa} {gflops:.0f}" for isa, gflops in limits["fma_gflops_by_isa"].items())
+    console.print(f"{machine['cpu']}, {result['threads']} threads, torch {machine['torch']}", highlight=False)
+    console.print(
+        f"limits: {limits['fma_gflops']:.0f} GFLOP/s fp32 FMA ({limits['isa']}; {by_isa}), "
+        f"{limits['read_gbs']:.1f} GB/s read",
+        highlight=False,
+    )
+    console.print(_rows(result["rows"]))
+    for absent in result["absent"]:
+        console.print(Text(f"no {absent['name']} row: {absent['reason']}"))
+    console.print(_kernels(result["kernels"]))
+    for line in _figures(result):
+        console.print(Text(line))
+
+
+def _rows(rows: list[dict[str, Any]]) -> Table:
+    columns = ("contender", "median ms", "min ms", "x eager", "95 % interval", "cosine min", "max |Δ|", "claim")
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        low, high = row["ratio_ci95"]
+        claims = [row["claim"]]
+        if "ratio_to_inductor" in row:
+            lo, hi = row["ratio_to_inductor_ci95"]
+            claims.append(f"{row['claim_inductor']} ({lo:.2f} to {hi:.2f})")
+        cells.append(
+            (
+                row["name"],
+                f"{row['ms_median']:.1f}",
+                f"{row['ms_min']:.1f}",
+                f"{row['ratio_to_eager']:.3f}",
+                f"{low:.3f} to {high:.3f}",
+                f"{row['quality']['cosine_min']:.7f}",
+                f"{row['quality']['max_abs']:.1e}",
+                "; ".join(claims),
+            )
+        )
+    return _table(columns, cells)
+
+
+def _kernels(kernels: list[dict[str, Any]]) -> Table:
+    columns = ("kernel", "op", "batch", "shape", "calls", "ms", "GFLOP/s", "of FMA peak")
+    cells: list[tuple[str, ...]] = []
+    for k in kernels:
+        counts = k["share_of_limit"] is not None
+        cells.append(
+            (
+                k["name"],
+                k["op"],
+                "x".join(map(str, k["batch"])),
+                "x".join(map(str, k["shape"])),
+                str(k["calls"]),
+                f"{k['ms']:.3f}",
+                f"{k['gflops']:.1f}" if counts else "",
+                f"{k['share_of_limit']:.0%}" if counts else "",
+            )
+        )
+    return _table(columns, cells)
+
+
+def _figures(result: dict[str, Any]) -> list[str]:
+    memory = result["memory"]
+    low, high = result["after_torch_op_ci95"]
+    arena, parts = memory["arena_bytes"], memory["intermediates_bytes"]
+    lines = [
+        f"compile: {result['compile_s']:.1f} s with export, again {result['second_compile_s']:.2f} s",
+        f"call of a two-op model: {result['call_us']:.1f} µs (eager {result['call_us_eager']:.1f} µs)",
+        f"call after a torch op: {result['after_torch_op_ratio']:.3f}x the call alone ({low:.3f} to {high:.3f})",
+        f"arena: {arena / _MIB:.1f} MiB for {parts / _MIB:.1f} MiB of intermediates"
+        + (f" ({arena / parts:.0%})" if parts else "")
+        + f"; weights {memory['weights_bytes'] / _MIB:.1f} MiB",
+    ]
+    for name, marks in memory["peak_rss"].items():
+        steps = ", ".join(f"{phase.replace('_', ' ')} {value / _MIB:.0f}" for phase, value in marks.items())
+        lines.append(f"peak memory of the {name} process, MiB: {steps}")
+    if result["inductor"]:
+        trial = ", ".join(f"{mode} {ms:.0f} ms" for mode, ms in result["inductor"]["trial_ms"].items())
+        lines.append(f"inductor runs in its faster mode, {result['inductor']['mode']} ({trial})")
+    return lines
+
+
+def _table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        table.add_column(column, no_wrap=index == 0, overflow="fold")
+    for row in cells:
+        table.add_row(*map(Text, row))
+    return table

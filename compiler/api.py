@@ -1,0 +1,261 @@
+"""planish.compile and the compiled model it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+
+from planish import passes as registry
+from planish.backends import backend
+from planish.backends.base import Executable, KernelTime, Unsupported
+from planish.capture import Dynamic, Signature, capture, check_tensor
+from planish.dump import Dump
+from planish.errors import DimError, InputError, UnsupportedOpsError
+from planish.pipeline import Pass, Step, run_pipeline
+from planish.program import Dim, TensorSpec
+from planish.reuse import Fingerprint, fingerprint, remember, remembered
+from planish.targets import Target
+
+Inputs = tuple[Any, ...] | Mapping[str, Any]
+
+
+def compile(
+    model: torch.nn.Module | ExportedProgram,
+    inputs: Inputs | None = None,
+    target: str | Target = "cpu",
+    *,
+    dynamic: Dynamic | None = None,
+    passes: Sequence[str | Pass] | None = None,
+    dump: str | Path | None = None,
+    verify: bool = False,
+    cache: bool = True,
+) -> CompiledModel:
+    """Compile a model to one native function.
+
+    Args:
+        model: in eval mode, on the CPU. Weights changed later are not seen.
+        inputs: example tensors, as a tuple or as a dict of keyword arguments. Without them the model is captured at
+            the first call.
+        target: a name from ``planish targets``, or a Target.
+        dynamic: which axes of which inputs vary: ``{"input_ids": {0: planish.Dim("batch", 1, 64)}}``.
+        passes: names or Pass objects instead of the default pipeline.
+        dump: folder for every stage as a runnable program, with diffs, reasons and kernels.
+        verify: compare the values before and after every pass in fp64.
+        cache: reuse the result of an equal compile of the same, unchanged model in this process.
+
+    Raises:
+        CaptureError, ModelStateError, InputError, DimError, TargetError, UnsupportedOpsError: see each class.
+    """
+    parsed = Target.parse(target)
+    pipeline = registry.resolve(passes)
+    compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify)
+    if inputs is None:
+        compiled.wait_for_inputs(model)
+        return compiled
+    key = fingerprint(model, inputs, parsed, dynamic, pipeline) if cache and dump is None and not verify else None
+    if key is not None and (found := remembered(model, key)) is not None:
+        compiled.adopt(found)
+        return compiled
+    compiled.capture_and_compile(model, inputs, key)
+    return compiled
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The immutable result of compiling for one signature."""
+
+    executable: Executable
+    signature: Signature
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    dims: dict[str, Dim]
+    steps: tuple[Step, ...]
+
+
+class CompiledModel:
+    """A compiled model, called like the original; safe to call from many threads at once."""
+
+    def __init__(
+        self, target: Target, pipeline: Sequence[Pass], dynamic: Dynamic | None, dump: str | Path | None, verify: bool
+    ) -> None:
+        self.target = target
+        self._pipeline, self._dynamic, self._dump, self._verify = tuple(pipeline), dynamic, dump, verify
+        self._compiled: Compiled | None = None
+        self._model: torch.nn.Module | ExportedProgram | None = None
+        self._lock = Lock()
+
+    def __repr__(self) -> str:
+        if self._compiled is None:
+            return f"CompiledModel(target={self.target.name!r}, compiled at the first call)"
+        inputs = ", ".join(map(str, self._compiled.inputs))
+        return f"CompiledModel(target={self.target.name!r}, {inputs}, {len(self._compiled.executable.plan.calls)} kernel calls)"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would return for these arguments.
+
+        Raises:
+            InputError, DimError, ModelStateError: an argument does not fit what was compiled.
+        """
+        compiled = self._compiled or self._compile_at_first_call(args, kwargs)
+        tensors = compiled.signature.flatten(args, kwargs)
+        dims = check_inputs(compiled, tensors)
+        return compiled.signature.unflatten(compiled.executable(tensors, dims), dims)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The passes that ran."""
+        return self._ready().steps
+
+    def report(self) -> str:
+        """Passes, kernels and sizes as text."""
+        compiled = self._ready()
+        plan = compiled.executable.plan
+        lines = [repr(self), f"weights {compiled.executable.weights_bytes() / 1e6:.1f} MB"]
+        for step in compiled.steps:
+            error = "" if step.max_error is None else f", max error {step.max_error:.1e}"
+            rewrites = ", ".join(f"{n} {name}" for name, n in step.rewrites.items())
+            lines.append(f"{step.name}: {step.ops_before} -> {step.ops_after} ops, {step.ms:.0f} ms{error}; {rewrites}")
+        lines += [f"  refused {r.rule} at {r.node}: {r.reason}" for step in compiled.steps for r in step.refusals]
+        lines += [f"kernel {call.kernel}: {call.node} {list(map(str, call.shape))}" for call in plan.calls]
+        return "\n".join(lines)
+
+    def kernels(self, inputs: Inputs, repeats: int = 20) -> list[KernelTime]:
+        """Each kernel timed alone on real data (median of ``repeats``)."""
+        compiled = self._ready()
+        tensors = compiled.signature.flatten(*_as_call(inputs))
+        return compiled.executable.kernels(tensors, check_inputs(compiled, tensors), repeats)
+
+    def memory(self, inputs: Inputs) -> dict[str, int]:
+        """Bytes for these inputs: the arena, the sum of intermediates without reuse, and the weights."""
+        compiled = self._ready()
+        dims = check_inputs(compiled, compiled.signature.flatten(*_as_call(inputs)))
+        plan = compiled.executable.plan
+        return {
+            "arena_bytes": plan.arena(dims)[1],
+            "intermediates_bytes": sum(plan.buffers[b].nbytes(dims) for b in plan.lifetimes()),
+            "weights_bytes": compiled.executable.weights_bytes(),
+        }
+
+    def sources(self) -> dict[str, str]:
+        """Generated code by file name."""
+        return self._ready().executable.sources()
+
+    def trim(self) -> None:
+        """Give memory kept for later calls back."""
+        if self._compiled is not None:
+            self._compiled.executable.trim()
+
+    def wait_for_inputs(self, model: torch.nn.Module | ExportedProgram) -> None:
+        """Keep the model until the first call, which brings the inputs to capture it with."""
+        self._model = model
+
+    def adopt(self, compiled: Compiled) -> None:
+        """Use the result of an equal compile."""
+        self._compiled = compiled
+
+    def capture_and_compile(
+        self, model: torch.nn.Module | ExportedProgram, inputs: Inputs, key: Fingerprint | None
+    ) -> Compiled:
+        """Capture, run the passes, lower; remember the result under ``key``."""
+        program, signature = capture(model, inputs, self._dynamic)
+        observer = Dump(Path(self._dump)) if self._dump is not None else None
+        program, steps = run_pipeline(
+            program, self._pipeline, self.target, check_values=self._verify, observe=observer
+        )
+        engine = backend(self.target.backend)
+        _check_supported(engine.unsupported(program, self.target), self.target)
+        executable = engine.compile(program, self.target)
+        if observer is not None:
+            observer.kernels(executable.sources())
+            observer.finish(self.target)
+        compiled = Compiled(executable, signature, program.inputs, program.outputs, program.dims, tuple(steps))
+        self._compiled = compiled
+        if key is not None:
+            remember(model, key, compiled)
+        return compiled
+
+    def _compile_at_first_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Compiled:
+        with self._lock:
+            if self._compiled is None:
+                assert self._model is not None
+                if args and kwargs:
+                    raise InputError(
+                        "the first call mixes positional and keyword arguments",
+                        why="it captures the model",
+                        fix="pass all tensors by position or all by keyword",
+                    )
+                self.capture_and_compile(self._model, args or kwargs, None)
+                self._model = None
+            assert self._compiled is not None
+            return self._compiled
+
+    def _ready(self) -> Compiled:
+        if self._compiled is None:
+            raise InputError("the model is not compiled yet", why="it is captured at the first call", fix="call it once")
+        return self._compiled
+
+
+def _as_call(inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    return ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
+
+
+def _check_supported(missing: Sequence[Unsupported], target: Target) -> None:
+    if not missing:
+        return
+    lines = [f"{u.op} ({u.node}): {u.reason}" + (f"\n      at {u.where}" if u.where else "") for u in missing]
+    raise UnsupportedOpsError(
+        f"{len(missing)} operators have no lowering on target {target.name!r}:\n    " + "\n    ".join(lines),
+        why="planish does not run parts of a model in PyTorch silently",
+        fix="rewrite those lines with supported operators, or use target='reference' to check the rest",
+    )
+
+
+def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Check dtype, rank, sizes and ranges of the input tensors; returns the size of each dynamic dim.
+
+    Raises:
+        InputError, DimError: naming the input, the dim and its range.
+    """
+    dims: dict[str, int] = {}
+    for spec, tensor in zip(compiled.inputs, tensors, strict=True):
+        if tensor.requires_grad or not tensor.is_cpu or tensor.layout is not torch.strided:
+            check_tensor(spec.name, tensor)
+        if tensor.dtype is not spec.dtype:
+            raise InputError(
+                f"input {spec.name!r} is {tensor.dtype}, compiled for {spec.dtype}", fix=f"pass x.to({spec.dtype})"
+            )
+        shape = tensor.shape
+        if len(shape) != len(spec.shape):
+            raise InputError(f"input {spec.name!r} has shape {list(shape)}", why=f"it was compiled as {spec}")
+        for axis, (size, want) in enumerate(zip(shape, spec.shape, strict=True)):
+            if isinstance(want, int):
+                if size != want:
+                    raise InputError(
+                        f"input {spec.name!r} has size {size} on axis {axis}, compiled for {want}",
+                        fix=f"compile with dynamic={{{spec.name!r}: {{{axis}: planish.Dim(...)}}}}",
+                    )
+            elif dims.setdefault(str(want), size) != size and want.is_Symbol:
+                raise DimError(
+                    f"dim {want} is {dims[str(want)]} in one input and {size} on axis {axis} of {spec.name!r}",
+                    why="equal names are equal sizes",
+                )
+    return _in_range(compiled, dims)
+
+
+def _in_range(compiled: Compiled, dims: dict[str, int]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for name, dim in compiled.dims.items():
+        size = dims[name]
+        if not dim.min <= size <= dim.max:
+            raise DimError(
+                f"dim {name!r} is {size}, compiled for {dim.min}..{dim.max}",
+                fix=f"pass a size in the range, or compile with planish.Dim({name!r}, {min(dim.min, size)}, {max(dim.max, size)})",
+            )
+        sizes[name] = size
+    return sizes

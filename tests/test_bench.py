@@ -1,0 +1,270 @@
+"""planish.bench: statistics, limits, and the encoder benchmark's schema on a stand-in for the compiled model."""
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from planish.bench import encoder, inductor, limits, memory, overhead, report, result
+from planish.bench.kernels import kernel_rows
+from planish.bench.latency import Ratio, interleave, speedup
+from planish.errors import TargetError, ToolchainError
+
+_MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
+
+
+def test_interleave_rotates_and_warms_up() -> None:
+    order: list[str] = []
+    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, rounds=3, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(t >= 0 for ms in times.values() for t in ms)
+
+
+@given(_MS, st.floats(1.5, 4.0))
+def test_a_constant_factor_is_found_exactly(base: list[float], factor: float) -> None:
+    ratio = speedup([b * factor for b in base], base)
+    assert ratio.low <= ratio.value * (1 + 1e-9)
+    assert ratio.value <= ratio.high * (1 + 1e-9)
+    assert ratio.value == pytest.approx(factor)
+
+
+@given(_MS)
+def test_the_same_times_give_no_claim(base: list[float]) -> None:
+    assert speedup(base, base) == Ratio(1.0, 1.0, 1.0)
+    assert speedup(base, base).claim("eager") == "no claim"
+
+
+def test_speedup_is_seeded_and_claims_only_what_is_decided() -> None:
+    noise = [1.0, 1.3, 0.8, 1.1, 0.9, 1.2, 1.0, 0.7, 1.4]
+    shuffled = noise[4:] + noise[:4]
+    assert speedup(noise, shuffled, seed=1) == speedup(noise, shuffled, seed=1)
+    assert not speedup(noise, shuffled).decided
+    assert speedup([2 * n for n in noise], [1.0] * 9).claim("eager").endswith("x eager")
+    assert speedup([0.5] * 9, noise).claim("eager").startswith("slower: ")
+    with pytest.raises(ValueError, match="same rounds"):
+        speedup(noise, noise[1:])
+
+
+def test_limits_measure_this_machine() -> None:
+    with limits.probe(1) as tool:
+        run = {isa: tool.fma(isa, 0.1) for isa in ("avx2",)} | {"read": tool.read(0.2, 64)}
+        with pytest.raises(ToolchainError, match="exited with 2"):
+            limits.Probe(tool.program, 0).fma("avx2", 0.1)
+    assert not tool.program.exists()
+    assert 5 < run["avx2"] < 1000, "one core does between 5 and 1000 GFLOP/s"
+    assert 0.5 < run["read"] < 5000
+    found = limits.combine({"avx2": 10.0, "avx512": 30.0, "read": 5.0}, {"avx2": 12.0, "avx512": 20.0, "read": 6.0})
+    assert found["fma_gflops"] == 30.0
+    assert found["isa"] == "avx512"
+    assert found["read_gbs"] == 6.0
+    assert found["fma_gflops_by_isa"] == {"avx2": 12.0, "avx512": 30.0}
+    assert found["fma_gflops_runs"] == [30.0, 20.0]
+
+
+def test_limits_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = tmp_path / "limits"
+    fake.write_text("#!/bin/sh\nexit 3\n")
+    fake.chmod(0o755)
+    with pytest.raises(TargetError, match="lacks the instructions"):
+        limits.Probe(fake, 1).fma("avx512")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(limits.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ToolchainError, match="no C compiler"), limits.probe(1):
+        pass
+
+
+@dataclass(frozen=True)
+class _Time:
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    ms: float
+    flops: int
+    calls: int
+
+
+class _Compiled:
+    """Eager with the compiled model's methods."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:  # noqa: ANN401
+        return self.model(*args, **kwargs)
+
+    def kernels(self, inputs: dict[str, torch.Tensor], repeats: int = 20) -> list[_Time]:
+        rows = inputs["input_ids"].numel()
+        return [
+            _Time("layer_norm", "norm", (rows, 384), 0.1, 0, 12),
+            _Time("gemm", "linear", (rows, 1536, 384), 1.0, 2 * rows * 1536 * 384, 6),
+        ]
+
+    def memory(self, inputs: dict[str, torch.Tensor]) -> dict[str, int]:
+        return {"arena_bytes": 3 << 20, "intermediates_bytes": 9 << 20, "weights_bytes": 86 << 20}
+
+
+def _compile(model: torch.nn.Module, inputs: object = None, **_: object) -> _Compiled:
+    return _Compiled(model)
+
+
+def test_kernel_rows_give_the_share_of_the_peak() -> None:
+    batch = {"input_ids": torch.zeros(4, 250, dtype=torch.int64)}
+    gemm, norm = kernel_rows(_Compiled(torch.nn.Identity()), [batch], fma_gflops=2000.0)
+    assert (gemm.name, gemm.shape, gemm.batch, gemm.calls) == ("gemm", [1000, 1536, 384], [4, 250], 6)
+    assert gemm.gflops == pytest.approx(2 * 1000 * 1536 * 384 / 1e6)
+    assert gemm.share_of_limit == pytest.approx(gemm.gflops / 2000.0)
+    assert (norm.gflops, norm.share_of_limit) == (0.0, None)
+
+
+def test_no_cxx_means_no_inductor_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    reason = inductor.build(torch.nn.Linear(2, 2), [])
+    assert isinstance(reason, str)
+    assert "no-such-compiler" in reason
+
+
+@pytest.mark.needs_cxx
+@pytest.mark.slow
+def test_inductor_keeps_the_faster_mode() -> None:
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.linear(x))
+
+    model, batch = Small().eval(), {"x": torch.randn(3, 8)}
+    with torch.inference_mode():
+        rival = inductor.build(model, [batch])
+        assert isinstance(rival, inductor.Inductor)
+        assert set(rival.trial_ms) == {"default", "freezing"}
+        assert rival.trial_ms[rival.mode] == min(rival.trial_ms.values())
+        torch.testing.assert_close(rival.call(**batch), model(**batch))
+
+
+def test_overhead_figures_of_eager_against_itself() -> None:
+    figures = overhead.call_overhead(_compile, calls=50, chunks=5)
+    assert 0 < figures["call_us"] < 10_000
+    after = overhead.after_torch_op(lambda x: x @ x, {"x": torch.ones(64, 64)}, rounds=8)
+    assert after["after_torch_op_ci95"][0] <= after["after_torch_op_ratio"] <= after["after_torch_op_ci95"][1]
+    assert after["ms_alone"] > 0
+
+
+def test_the_two_op_model_has_two_ops() -> None:
+    exported = torch.export.export(overhead.TwoOps().eval(), (torch.ones(1, 64),))
+    assert sum(node.op == "call_function" for node in exported.graph.nodes) == 2
+
+
+def test_high_water_mark_sees_memory_that_is_gone() -> None:
+    before = memory.high_water_mark()
+    block = torch.ones(256 << 20, dtype=torch.uint8)
+    del block
+    assert memory.high_water_mark() > 200 << 20
+    assert memory.high_water_mark() >= before
+
+
+def test_a_failing_child_shows_its_error() -> None:
+    with pytest.raises(memory.ChildError, match="unknown model 'nothing'"):
+        memory.peak("eager", "nothing", 1, 1)
+
+
+@pytest.mark.needs_weights
+@pytest.mark.slow
+def test_peak_of_a_child_does_not_count_its_parent() -> None:
+    block = torch.ones(3 << 30, dtype=torch.uint8)
+    marks = memory.peak("eager", "minilm", 1, 2)
+    assert list(marks) == ["after_load", "after_compile", "after_run"]
+    assert 80 << 20 < marks["after_load"] <= marks["after_compile"] <= marks["after_run"] < block.nbytes
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[], result.BenchResult]:
+    """The encoder benchmark on two documents, without inductor and without measuring processes."""
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(
+        memory, "peak", lambda *_: {"after_load": 1 << 20, "after_compile": 2 << 20, "after_run": 3 << 20}
+    )
+    monkeypatch.setattr(limits, "measure", lambda _: {"avx2": 100.0, "read": 20.0})
+    options = encoder.Options(threads=torch.get_num_threads(), rounds=7, docs=2, batch=1, max_len=24)
+    return lambda: encoder.run(options, _compile, lambda _: None)
+
+
+@pytest.mark.needs_weights
+def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tmp_path: Path) -> None:
+    found = quick()
+    file = tmp_path / "bench.json"
+    found.write(file)
+    read = json.loads(file.read_text())
+    assert {"bench", "machine", "threads", "limits", "rows", "kernels", "absent"} <= set(read)
+    assert (read["bench"], read["threads"]) == ("encoder", torch.get_num_threads())
+    assert {"fma_gflops": 100.0, "read_gbs": 20.0}.items() <= read["limits"].items()
+    assert [row["name"] for row in read["rows"]] == ["eager", "planish-fp32"]
+    for row in read["rows"]:
+        assert {"ms_median", "ms_min", "ratio_to_eager", "ratio_ci95", "quality"} <= set(row)
+        assert set(row["quality"]) == {"cosine_min", "cosine_mean", "max_abs"}
+        assert 0 < row["ms_min"] <= row["ms_median"]
+        low, high = row["ratio_ci95"]
+        assert low <= row["ratio_to_eager"] <= high
+        assert len(row["rounds_ms"]) == 7
+    assert read["rows"][0]["ratio_to_eager"] == 1.0
+    assert read["rows"][1]["quality"] == pytest.approx(
+        {"cosine_min": 1.0, "cosine_mean": 1.0, "max_abs": 0.0}, abs=1e-9
+    )
+    for kernel in read["kernels"]:
+        assert {"name", "shape", "ms", "gflops", "share_of_limit"} <= set(kernel)
+    assert {tuple(k["batch"]) for k in read["kernels"]} == {(1, 24), (1, 64), (7, 143)}
+    assert read["absent"][0]["name"] == "inductor"
+    assert "no-such-compiler" in read["absent"][0]["reason"]
+    extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory"}
+    assert extras <= set(read)
+    assert read["memory"]["peak_rss"]["planish"]["after_run"] == 3 << 20
+    text = _printed(read)
+    assert "no inductor row: no C++ compiler" in text
+    assert "planish-fp32" in text
+    assert "1000x1536x384" not in text
+    assert "1001x1536x384" in text
+    assert "arena: 3.0 MiB for 9.0 MiB of intermediates (33%)" in text
+
+
+def _printed(read: dict[str, Any]) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    report.show(read, console)
+    return console.export_text()
+
+
+def test_rows_compare_with_inductor_and_json_refuses_nan(tmp_path: Path) -> None:
+    times = {"eager": [4.0] * 7, "inductor": [3.0] * 7, "planish-fp32": [2.0] * 7}
+    row = result.make_row("planish-fp32", times, {"cosine_min": float("nan")}, ("inductor",))
+    assert (row.ratio_to_eager, row.ratio_ci95, row.extra["ratio_to_inductor"]) == (2.0, (2.0, 2.0), 1.5)
+    assert (row.extra["claim"], row.extra["claim_inductor"]) == ("2.00x eager", "1.50x inductor")
+    with pytest.raises(ValueError, match="JSON"):
+        result.BenchResult("encoder", 1, {}, [row], []).write(tmp_path / "x.json")
+
+
+def test_too_few_rounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 7"):
+        encoder.Options(threads=1, rounds=6)
+
+
+def test_command_line_has_the_shared_options() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "planish.bench", "encoder", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "--json" in done.stdout
+    assert "--threads" in done.stdout
+    few = subprocess.run(
+        [sys.executable, "-m", "planish.bench", "encoder", "--rounds", "3"], capture_output=True, text=True, check=False
+    )
+    assert few.returncode == 2
