@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from planish import verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
-from planish.program import Dim, Program, TensorSpec, add_constant
+from planish.program import Dim, Program, TensorSpec, add_constant, evaluate
 from planish.rules import aten, remove_dead
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
@@ -80,7 +80,7 @@ class Signature:
             elif isinstance(slot, tuple):
                 leaves.append(slot[0])
             else:
-                leaves.append(int(slot.subs(dict(sizes))))
+                leaves.append(evaluate(slot, sizes))
         return pytree.tree_unflatten(leaves, self.out_spec)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import sympy
 
+from planish.program import evaluate
+
 ALIGN = 64
 """Alignment in bytes of every buffer in an arena or blob: one cache line, one AVX-512 register."""
 
@@ -77,11 +79,6 @@ class Plan:
         spans = self.lifetimes()
         sizes = {b: -(-self.buffers[b].nbytes(dims) // ALIGN) * ALIGN for b in spans}
         return place_by_size(sizes, spans)
-
-
-def evaluate(size: Size, dims: Mapping[str, int]) -> int:
-    """A size for given dims."""
-    return size if isinstance(size, int) else int(size.subs(dict(dims)))
 
 
 def place_by_size(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]) -> tuple[dict[int, int], int]:

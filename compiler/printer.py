@@ -168,7 +168,7 @@ class _Printer:
                 return f"[{', '.join(items)}]"
             return f"({', '.join(items)}{',' if len(items) == 1 else ''})"
         if isinstance(value, slice):
-            parts = [self._argument(getattr(value, name)) for name in ("start", "stop", "step")]
+            parts = [self._argument(getattr(value, name)) for name in ("start", "stop", "step")]  # pyright: ignore
             return f"slice({', '.join(parts)})"
         if isinstance(value, float) and not abs(value) < float("inf"):
             return f'float("{value}")'

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -101,14 +102,24 @@ class Program:
         if isinstance(value, fx.Node):
             value = value.meta["val"]
         if isinstance(value, torch.SymInt):
-            expr = value.node.expr.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for n, s in self.symbols.items()})
+            expr = value.node.expr.xreplace({s: dim_symbol(n) for n, s in self.symbols.items()})
             return int(expr) if expr.is_number else expr
         return int(value)
 
 
+def dim_symbol(name: str) -> sympy.Symbol:
+    """The symbol that stands for a dim in sizes."""
+    return sympy.Symbol(name, integer=True, positive=True)
+
+
+def evaluate(size: int | sympy.Expr, dims: Mapping[str, int]) -> int:
+    """A size for given sizes of the dims."""
+    return size if isinstance(size, int) else int(size.xreplace({dim_symbol(n): sympy.Integer(v) for n, v in dims.items()}))
+
+
 def clone_module(module: fx.GraphModule) -> fx.GraphModule:
     """A copy of the graph and of the groups nested in it; tensors and fake values are shared, not copied."""
-    attrs: dict[str, Any] = dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))
+    attrs: dict[str, Any] = {**module._parameters, **module._buffers}
     attrs |= {n: clone_module(m) for n, m in module.named_children() if isinstance(m, fx.GraphModule)}
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
@@ -137,13 +148,17 @@ def add_constant(module: fx.GraphModule, name: str, value: torch.Tensor) -> str:
     return free
 
 
+_LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+
+
 def source_line(node: fx.Node) -> str:
-    """The user's source line (``file:line, in f: code``) that created a node, or ``""``."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    at = next((i for i in range(len(lines) - 1, -1, -1) if lines[i].startswith("File ")), None)
-    if at is None:
+    """The line (``file:line, in f: code``) that created a node: the innermost one outside PyTorch and planish."""
+    lines = [line.strip() for line in (node.meta.get("stack_trace") or "").strip().splitlines()]
+    frames = [i for i, line in enumerate(lines) if line.startswith("File ")]
+    users = [i for i in frames if not lines[i].removeprefix('File "').startswith(_LIBRARIES)]
+    if not frames:
         return ""
+    at = (users or frames)[-1]
     file, line, *rest = lines[at].removeprefix("File ").split(", ")
-    code = f": {lines[at + 1]}" if at + 1 < len(lines) else ""
+    code = f": {lines[at + 1]}" if at + 1 < len(lines) and at + 1 not in frames else ""
     return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {' '.join(rest)}{code}"

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from planish.errors import GraphError, NumericError
-from planish.program import Program, clone_module, source_line
+from planish.program import Program, clone_module, evaluate, source_line
 
 always = False
 """True in the test-suite: every pipeline compares values after every pass."""
@@ -139,7 +139,7 @@ def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
     for spec, tensor in zip(program.inputs, program.example, strict=True):
         for axis, size in enumerate(spec.shape):
             if not isinstance(size, int):
-                new = int(size.subs(sizes))
+                new = evaluate(size, sizes)
                 tensor = tensor.index_select(axis, torch.arange(new) % tensor.shape[axis])
         resized.append(tensor.contiguous())
     return tuple(resized)
@@ -161,7 +161,7 @@ def in_fp64(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _widen(module: fx.GraphModule) -> None:
-    for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+    for name, tensor in list({**module._parameters, **module._buffers}.items()):
         if tensor.is_floating_point():
             value = torch.nn.Parameter(tensor.detach().double(), False) if name in module._parameters else tensor.double()
             setattr(module, name, value)

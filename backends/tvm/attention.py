@@ -114,7 +114,7 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     total = sympy.prod(program.shape(attention)[:-2])
     flops = 2 * total * queries * keys * (depth + width)
     assert k.function.func is not None
-    return Lowered("attention", k.function.func, tuple(k.operands), "attention", (*program.shape(q)[:-1], keys, depth), flops)
+    return Lowered("attention", k.function.func, k.operands, "attention", (*program.shape(q)[:-1], keys, depth), flops)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Item:
                 a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
                 b = T.address_of(self.scratch[base + p * (self.depth * self.panel)])
                 c = T.address_of(self.scratch[scores + p * self.panel])
-                operands = (a, self.q.stride, b, i32(self.panel), c, padded, i32(self.depth))
+                operands = (a, b, c, self.q.stride, i32(self.panel), padded, i32(self.depth))
                 call_tile(self.k.module, self.tile, left, operands, vectors=self.tile.vectors)
             inverse = T.alloc_buffer((self.tile.rows,), "float32")
             with T.serial(0, rows) as r:
@@ -245,7 +245,7 @@ class Item:
             T.buffer_store(self.scratch, weight, [place])
             T.buffer_store(total, total[whole] + weight, [whole])
         total_sum = T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
-        return tirx.Select(total_sum == f32(0.0), f32(0.0), f32(1.0) / total_sum)
+        return tirx.Select(tirx.EQ(total_sum, f32(0.0)), f32(0.0), f32(1.0) / total_sum)
 
     def weigh_values(self, v_base: Expr, scores: Expr, o_base: Expr, row: Expr, left: Expr, padded: Expr) -> None:
         """The strip times v, straight into the result, a block of columns at a time."""
@@ -255,7 +255,7 @@ class Item:
             a = T.address_of(self.scratch[scores])
             b = T.address_of(self.value.buffer[v_base + start])
             c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
-            operands = (a, padded, b, self.value.stride, c, self.out.stride, self.keys)
+            operands = (a, b, c, padded, self.value.stride, self.out.stride, self.keys)
             call_tile(
                 self.k.module, self.tile, left, operands, vectors=-(-columns // lanes), tail_lanes=columns % lanes
             )

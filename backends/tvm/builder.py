@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import tvm
@@ -24,23 +24,25 @@ analyzer = tvm.sym.Analyzer()
 
 @dataclass
 class Function:
-    """A TIR function under construction: every parameter is a pointer or an int32 scalar, the result an int32."""
+    """A TIR function under construction: pointer parameters, then int32 scalars; the result is an int32."""
 
     func: tirx.PrimFunc | None = None
-    params: list[str] = field(default_factory=list[str])
 
-    def pointer(self, dtype: str, *, align: int = 64) -> Any:
-        """A new pointer parameter, as a flat buffer; the code may assume that it is aligned to ``align`` bytes."""
-        handle = T.arg(self._next("p"), T.handle(dtype))
-        return T.decl_buffer((1 << 30,), dtype, data=handle, align=align)
+    def parameters(self, pointers: Sequence[str], scalars: int, *, align: int = 64) -> tuple[list[Any], list[Any]]:
+        """Declare all parameters, once, at the start of the body.
 
-    def scalar(self, name: str = "n", dtype: str = "int32") -> Any:
-        """A new scalar parameter."""
-        return T.arg(self._next(name), getattr(T, dtype)())
-
-    def _next(self, prefix: str) -> str:
-        self.params.append(f"{prefix}{len(self.params)}")
-        return self.params[-1]
+        Args:
+            pointers: element type of each pointer; it is seen as a flat buffer.
+            scalars: number of int32 scalars.
+            align: bytes to which the code may assume the pointers to be aligned.
+        """
+        handles = [T.arg(f"p{i}", T.handle(dtype)) for i, dtype in enumerate(pointers)]
+        numbers = [T.arg(f"n{i}", T.int32()) for i in range(scalars)]
+        buffers = [
+            T.decl_buffer((1 << 30,), dtype, data=handle, align=align)
+            for dtype, handle in zip(pointers, handles, strict=True)
+        ]
+        return buffers, numbers
 
 
 @contextmanager
@@ -69,9 +71,9 @@ def f32(value: float) -> Expr:
 
 
 def splat(value: Expr, lanes: int, dtype: str = "float32") -> Expr:
-    """``value`` in every lane (a plain scalar when ``lanes`` is 1)."""
+    """``value`` in every lane; a value that has that many lanes already is left alone."""
     scalar = tirx.const(value, dtype) if isinstance(value, (int, float)) else value
-    return scalar if lanes == 1 else T.broadcast(scalar, lanes)
+    return scalar if lanes_of(scalar) == lanes else T.broadcast(scalar, lanes)
 
 
 def lanes_at(start: Expr, lanes: int) -> Expr:
@@ -122,6 +124,10 @@ def for_vectors(extent: Expr, lanes: int) -> Iterator[tuple[Expr, int]]:
 
     A body is written once per yield: ``for start, n in for_vectors(size, 16): …``.
     """
+    if lanes == 1:
+        with T.serial(0, extent) as element:
+            yield element, 1
+        return
     known = as_int(extent)
     whole = extent // lanes if isinstance(extent, int) else T.floordiv(extent, lanes)
     if known is None or known >= lanes:

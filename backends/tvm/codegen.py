@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
@@ -59,17 +58,16 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
     """
     arena_slots = {b: slot for slot, b in enumerate(i for i, b in enumerate(plan.buffers) if b.kind == "arena")}
     with function(ENTRY) as f:
-        pointers: dict[int, Any] = {i: f.pointer("uint8") for i, b in enumerate(plan.buffers) if b.kind == "input"}
-        pointers |= {i: f.pointer("uint8") for i in dict.fromkeys(outputs)}
-        weights, arena, table = f.pointer("uint8"), f.pointer("uint8"), f.pointer("int64", align=8)
-        dims = [f.scalar() for _ in program.dims]
-        first, last = f.scalar(), f.scalar()
+        tensors = [i for i, b in enumerate(plan.buffers) if b.kind == "input"] + list(dict.fromkeys(outputs))
+        types = ["uint8"] * (len(tensors) + 2) + ["int64"]
+        (*pointers, weights, arena, table), (*dims, first, last) = f.parameters(types, len(program.dims) + 2)
+        given = dict(zip(tensors, pointers, strict=True))
 
         def address(buffer: int) -> Expr:
             if buffer == STATUS:
                 return T.address_of(arena[0])
-            if buffer in pointers:
-                return T.address_of(pointers[buffer][0])
+            if buffer in given:
+                return T.address_of(given[buffer][0])
             if buffer in offsets:
                 return T.address_of(weights[tirx.const(offsets[buffer], "int64")])
             return T.address_of(arena[table[arena_slots[buffer]]])

@@ -46,7 +46,7 @@ def lower_elementwise(module: Module, program: Program, region: Region, lanes: i
     elements = sympy.prod(program.shape(result))
     arithmetic = sum(n.target in ELEMENTWISE for n in region.nodes)
     assert k.function.func is not None
-    return Lowered(name, k.function.func, tuple(k.operands), name, program.shape(result), arithmetic * elements)
+    return Lowered(name, k.function.func, k.operands, name, program.shape(result), arithmetic * elements)
 
 
 def is_flat(k: Kernel, region: Region, shape: tuple[Expr, ...]) -> bool:

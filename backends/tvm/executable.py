@@ -16,8 +16,8 @@ from planish.backends.tvm import runtime
 from planish.backends.tvm.codegen import ENTRY, RESERVED
 from planish.backends.tvm.pack import aligned
 from planish.errors import InputError, KernelError
-from planish.plan import ALIGN, Plan, evaluate
-from planish.program import Program
+from planish.plan import ALIGN, Plan
+from planish.program import Program, evaluate
 
 _LAYOUTS = 256
 """Shapes whose arena layout is remembered."""

@@ -87,7 +87,9 @@ class Evaluator:
             return cast(GENERATORS[node.target](self, node, index), node.meta["val"].dtype)
         if node.target in GATHERS:
             return GATHERS[node.target](self, node, index)
-        return T.bind(self.elementwise(node, index))
+        value = self.elementwise(node, index)
+        # TVM's integer-set analysis fails on comparisons of bound integer vectors; LLVM shares them anyway.
+        return T.bind(value) if node.meta["val"].is_floating_point() else value
 
     def elementwise(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Value of an elementwise node; operands are broadcast to its shape."""
@@ -111,7 +113,7 @@ class Evaluator:
         if lanes_of(where) > 1 and isinstance(where, tirx.Broadcast):
             where = where.value
         value = T.bind(source.buffer[where])
-        return value != splat(0, lanes_of(value), "uint8") if source.dtype is torch.bool else value
+        return tirx.NE(value, splat(0, lanes_of(value), "uint8")) if source.dtype is torch.bool else value
 
     def affine(self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]) -> tuple[fx.Node, list[Expr]] | None:
         """Address of ``node`` at ``index`` as source, coefficients of the variables ``over``, and offset, in elements.

@@ -82,7 +82,7 @@ def lower_linear(module: Module, program: Program, region: Region, linear: fx.No
                 begin = T.address_of(a[row * stride + offset])
                 panel = T.address_of(panels[column * depth])
                 target = T.address_of(out[row * columns + column])
-                operands = (begin, stride, panel, i32(span), target, i32(columns), i32(depth))
+                operands = (begin, panel, target, stride, i32(span), i32(columns), i32(depth))
                 call_tile(module, tile, left, operands, vectors=vectors, tail_lanes=tail)
                 if stored is not linear or linear.args[2:3] not in ((), (None,)):
                     with T.serial(0, T.min(left, tile.rows)) as i:
@@ -133,7 +133,7 @@ def lower_linear(module: Module, program: Program, region: Region, linear: fx.No
     flops = 2 * m * columns * depth
     shape = (int(m) if m.is_number else m, columns, depth)
     assert k.function.func is not None
-    return Lowered("gemm", k.function.func, tuple(k.operands), "gemm", shape, flops)
+    return Lowered("gemm", k.function.func, k.operands, "gemm", shape, flops)
 
 
 def epilogue(

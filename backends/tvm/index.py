@@ -101,5 +101,5 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
     if str(value.ty) == wanted:
         return value
     if dtype is torch.bool:
-        return value != splat(0, lanes, str(value.ty).split("x")[0])
+        return tirx.NE(value, splat(0, lanes, str(value.ty).split("x")[0]))
     return tirx.Cast(wanted, value)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
+import tvm_ffi
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -62,9 +63,9 @@ class Module:
 
     def kernel(self, stem: str, func: tirx.PrimFunc) -> str:
         """Name of ``func`` in the module: an equal kernel's name, or a new one made from ``stem``."""
-        key = tvm.ir.structural_hash(func)
+        key = tvm_ffi.structural_hash(func)
         for name in self._by_hash.setdefault(key, []):
-            if tvm.ir.structural_equal(self.functions[name], func):
+            if tvm_ffi.structural_equal(self.functions[name], func):
                 return name
         name = f"{stem}_{sum(n.rsplit('_', 1)[0] == stem for n in self.functions)}"
         self._by_hash[key].append(name)
@@ -118,17 +119,12 @@ class Kernel:
     region: Region
     function: Function
     ev: Evaluator
-    operands: list[Any] = field(default_factory=list[Any])
+    operands: tuple[Any, ...]
 
     @property
     def lanes(self) -> int:
         """fp32 lanes of the target's vectors."""
         return self.module.target.lanes
-
-    def pointer(self, operand: Any, dtype: str) -> Any:
-        """A parameter that receives ``operand``'s address."""
-        self.operands.append(operand)
-        return self.function.pointer(dtype)
 
 
 @contextmanager
@@ -141,19 +137,17 @@ def kernel(
 ) -> Iterator[tuple[Kernel, Any, list[Any]]]:
     """Begin the kernel of a region; yields it, the output buffer and one buffer per ``extra`` operand.
 
-    Parameters in order: the region's inputs (but ``skip``), the output, the extras, the status, then one int32 per
-    dynamic dim.
+    Parameters in order: the region's inputs (but ``skip``), the output, the extras, the status, then one int32 per dim.
     """
+    read = [n for n in region.inputs if n not in skip]
+    tensors = [*read, region.result]
+    operands = (*tensors, *(operand for operand, _ in extra), Status())
+    types = [*(storage_dtype(n.meta["val"].dtype) for n in tensors), *(dtype for _, dtype in extra), "int32"]
     with function() as f:
-        ev = Evaluator(program, {}, {})
-        k = Kernel(module, program, region, f, ev)
-        sources = [(n, k.pointer(n, storage_dtype(n.meta["val"].dtype))) for n in region.inputs if n not in skip]
-        out = k.pointer(region.result, storage_dtype(region.result.meta["val"].dtype))
-        extras = [k.pointer(operand, dtype) for operand, dtype in extra]
-        ev.status = k.pointer(Status(), "int32")
-        ev.dims = {name: f.scalar() for name in program.dims}
-        ev.sources |= {n: Source(buffer, ev.shape(n), n.meta["val"].dtype) for n, buffer in sources}
-        yield k, out, extras
+        buffers, scalars = f.parameters(types, len(program.dims))
+        ev = Evaluator(program, dict(zip(program.dims, scalars, strict=True)), {}, status=buffers[-1])
+        ev.sources |= {n: Source(b, ev.shape(n), n.meta["val"].dtype) for n, b in zip(read, buffers, strict=False)}
+        yield Kernel(module, program, region, f, ev, operands), buffers[len(read)], buffers[len(tensors) : -1]
 
 
 @contextmanager

@@ -198,7 +198,8 @@ class Lowering:
         from planish.backends.tvm.builder import function
 
         with function() as f:
-            dims = {name: f.scalar() for name in self.program.dims}
+            _, scalars = f.parameters([], len(self.program.dims))
+            dims = dict(zip(self.program.dims, scalars, strict=True))
             ev = Evaluator(self.program, dims, {})
             ev.sources = {n: Source(None, ev.shape(n), n.meta["val"].dtype) for n in region.inputs}
             depth = int(operand.meta["val"].shape[-1])

@@ -38,19 +38,13 @@ def attention_tile(target: Target) -> Tile:
 def build_tile(rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
-    Parameters: A, lda, B, ldb, C, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
+    Parameters: A, B, C, lda, ldb, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
     Strides are in elements. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
     do not depend on how rows are cut into tiles.
     """
     with function() as f:
-        a = f.pointer("float32", align=4)
-        lda = f.scalar()
-        b = f.pointer("float32", align=4)
-        ldb = f.scalar()
-        c = f.pointer("float32", align=4)
-        ldc = f.scalar()
-        depth = f.scalar()
-        last = f.scalar() if ragged else None
+        (a, b, c), (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * 3, 4 + ragged, align=4)
+        last = rest[0] if ragged else None
         whole = T.ramp(0, 1, lanes)
         acc = [[T.alloc_buffer((lanes,), "float32") for _ in range(vectors)] for _ in range(rows)]
         for row in acc:
@@ -94,13 +88,13 @@ def call_tile(
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
 
     Args:
-        operands: A, lda, B, ldb, C, ldc, K.
+        operands: A, B, C, lda, ldb, ldc, K.
         tail_lanes: lanes of the last vector to store, 0 for all.
     """
     arguments = (*operands, i32(tail_lanes)) if tail_lanes else operands
 
     def choose(rows: int) -> None:
-        condition = left >= rows if rows == block.rows else left == rows
+        condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
                 T.evaluate(tile(module, rows, vectors, ragged=bool(tail_lanes))(*arguments))

@@ -40,7 +40,7 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def maximum(a: Expr, b: Expr) -> Expr:
     """Maximum that keeps NaN ("a > b ? a : b" keeps a NaN of b)."""
-    return tirx.Select(a != a, a, T.max(a, b))  # noqa: PLR0124
+    return tirx.Select(T.isnan(a), a, T.max(a, b))
 
 
 def normalise_row(k: Kernel, norm: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int = 0) -> None:
@@ -173,7 +173,7 @@ def _lowered(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
     elements = sympy.prod(program.shape(x))
     assert k.function.func is not None
     name = str(anchor.target).split(".")[1]
-    return Lowered(name, k.function.func, tuple(k.operands), name, program.shape(x), 5 * elements)
+    return Lowered(name, k.function.func, k.operands, name, program.shape(x), 5 * elements)
 
 
 def reduction_reason(node: fx.Node) -> str | None:

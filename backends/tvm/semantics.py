@@ -134,7 +134,7 @@ def _ordered(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]
 
     def run(a: Expr, b: Expr) -> Expr:
         a, b = T.bind(a), T.bind(b)
-        return tirx.Select(a != a, a, pick(a, b)) if "float" in dtype_of(a) else pick(a, b)  # noqa: PLR0124
+        return tirx.Select(T.isnan(a), a, pick(a, b)) if "float" in dtype_of(a) else pick(a, b)
 
     return run
 
@@ -166,10 +166,10 @@ ELEMENTWISE: dict[Any, Callable[[fx.Node, Operand], Expr]] = {
     aten.pow.Tensor_Scalar: _power,
     aten.clamp.default: _clamp,
     aten.clamp_min.default: _clamp,
-    aten.eq.Tensor: _compare(lambda a, b: a == b),
-    aten.eq.Scalar: _compare(lambda a, b: a == b),
-    aten.ne.Tensor: _compare(lambda a, b: a != b),
-    aten.ne.Scalar: _compare(lambda a, b: a != b),
+    aten.eq.Tensor: _compare(lambda a, b: tirx.EQ(a, b)),
+    aten.eq.Scalar: _compare(lambda a, b: tirx.EQ(a, b)),
+    aten.ne.Tensor: _compare(lambda a, b: tirx.NE(a, b)),
+    aten.ne.Scalar: _compare(lambda a, b: tirx.NE(a, b)),
     aten.lt.Tensor: _compare(lambda a, b: a < b),
     aten.lt.Scalar: _compare(lambda a, b: a < b),
     aten.le.Tensor: _compare(lambda a, b: a <= b),
