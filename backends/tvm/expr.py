@@ -112,8 +112,10 @@ class Evaluator:
         where = flat_index(source.shape, index)
         if lanes_of(where) > 1 and isinstance(where, tirx.Broadcast):
             where = where.value
-        value = T.bind(source.buffer[where])
-        return tirx.NE(value, splat(0, lanes_of(value), "uint8")) if source.dtype is torch.bool else value
+        value = source.buffer[where]
+        if source.dtype is torch.bool:
+            return value > splat(0, lanes_of(value), "uint8")
+        return T.bind(value)
 
     def affine(self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]) -> tuple[fx.Node, list[Expr]] | None:
         """Address of ``node`` at ``index`` as source, coefficients of the variables ``over``, and offset, in elements.
@@ -137,10 +139,13 @@ class Evaluator:
             return cast(value, torch.int32)
         if lanes_of(value) > 1:
             raise NeedsScalarLanes
-        wide = T.bind(cast(value, torch.int64))
         limit = tirx.Cast("int64", size if not isinstance(size, int) else i32(size))
-        positive = T.bind(tirx.Select(wide < 0, wide + limit, wide))
-        outside = T.bind(tirx.Or(positive < 0, positive >= limit))
-        with T.If(outside), T.Then():
+        # Memory of their own keeps TVM from inlining these expressions into each other, which grows exponentially.
+        wide, place = T.alloc_buffer((1,), "int64"), T.alloc_buffer((1,), "int32")
+        T.buffer_store(wide, cast(value, torch.int64), [0])
+        T.buffer_store(wide, tirx.Select(wide[0] < 0, wide[0] + limit, wide[0]), [0])
+        with T.If(tirx.Or(wide[0] < 0, wide[0] >= limit)), T.Then():
             T.buffer_store(self.status, i32(1), [0])
-        return T.bind(tirx.Select(outside, i32(0), tirx.Cast("int32", positive)))
+            T.buffer_store(wide, tirx.const(0, "int64"), [0])
+        T.buffer_store(place, tirx.Cast("int32", wide[0]), [0])
+        return T.bind(place[0])

@@ -10,7 +10,7 @@ import torch
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, lanes_of, simplify, splat
+from planish.backends.tvm.builder import Expr, dtype_of, lanes_of, simplify, splat
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -101,5 +101,11 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
     if str(value.ty) == wanted:
         return value
     if dtype is torch.bool:
-        return tirx.NE(value, splat(0, lanes, str(value.ty).split("x")[0]))
+        return not_equal(value, splat(0, lanes, dtype_of(value)))
     return tirx.Cast(wanted, value)
+
+
+def not_equal(a: Expr, b: Expr) -> Expr:
+    """a != b; true where either is NaN, which TVM's own operator is not."""
+    different = tirx.NE(a, b)
+    return tirx.Or(different, tirx.Or(T.isnan(a), T.isnan(b))) if "float" in dtype_of(a) else different

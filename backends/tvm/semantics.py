@@ -16,7 +16,7 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, as_int, dtype_of, equal, lanes_of, simplify, splat
-from planish.backends.tvm.index import cast, flat_index, unflatten_index
+from planish.backends.tvm.index import cast, flat_index, not_equal, unflatten_index
 from planish.rules import argument, aten
 
 if TYPE_CHECKING:
@@ -43,21 +43,35 @@ def _unary(function: Callable[[Expr], Expr]) -> Callable[[fx.Node, Operand], Exp
     return lambda node, operand: function(cast(operand(node.args[0]), node.meta["val"].dtype))
 
 
+def _scaled(value: Expr, alpha: float, dtype: torch.dtype) -> Expr:
+    return value if alpha == 1 else value * splat(cast(alpha, dtype), lanes_of(value))
+
+
+def _arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in: bools as bytes, where + is "or" and * is "and" once the result is a bool again."""
+    return torch.uint8 if dtype is torch.bool else dtype
+
+
 def _binary(function: Callable[[Expr, Expr], Expr]) -> Callable[[fx.Node, Operand], Expr]:
     def run(node: fx.Node, operand: Operand) -> Expr:
         dtype = node.meta["val"].dtype
-        a, b = _operands(node, operand, dtype, 2)
-        alpha = argument(node, 2, "alpha", 1)
-        return function(a, b if alpha == 1 else b * splat(cast(alpha, dtype), lanes_of(b)))
+        a, b = _operands(node, operand, _arithmetic_dtype(dtype), 2)
+        return cast(function(a, _scaled(b, argument(node, 2, "alpha", 1), dtype)), dtype)
 
     return run
+
+
+def _reversed_sub(node: fx.Node, operand: Operand) -> Expr:
+    dtype = node.meta["val"].dtype
+    a, b = _operands(node, operand, dtype, 2)
+    return b - _scaled(a, argument(node, 2, "alpha", 1), dtype)
 
 
 def _compare(function: Callable[[Expr, Expr], Expr]) -> Callable[[fx.Node, Operand], Expr]:
     def run(node: fx.Node, operand: Operand) -> Expr:
         samples = [a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[:2]]
         samples = [torch.empty((1,) * v.dim(), dtype=v.dtype) if isinstance(v, torch.Tensor) else v for v in samples]
-        return function(*_operands(node, operand, torch.result_type(*samples), 2))
+        return function(*_operands(node, operand, _arithmetic_dtype(torch.result_type(*samples)), 2))
 
     return run
 
@@ -109,20 +123,26 @@ def _gelu(x: Expr, node: fx.Node) -> Expr:
 
 def _power(node: fx.Node, operand: Operand) -> Expr:
     dtype = node.meta["val"].dtype
-    x, exponent = T.bind(cast(operand(node.args[0]), dtype)), node.args[1]
-    if exponent in (1, 2, 3, 4):
-        value = x
-        for _ in range(int(exponent) - 1):  # pyright: ignore
+    x, exponent = T.bind(cast(operand(node.args[0]), dtype)), operand(node.args[1])
+    if exponent in (0, 1, 2, 3, 4) or not dtype.is_floating_point:
+        value = one(x)
+        for _ in range(int(exponent)):
             value = value * x
         return value
-    if exponent == 0.5:
-        return T.sqrt(x)
+    if exponent in (0.5, -0.5):
+        root = T.sqrt(x)
+        return root if exponent > 0 else one(x) / root
     return T.pow(*match_lanes([x, cast(exponent, dtype)]))
 
 
 def zero(value: Expr) -> Expr:
     """0 of the value's type and lanes."""
     return splat(tirx.const(0, dtype_of(value)), lanes_of(value))
+
+
+def one(value: Expr) -> Expr:
+    """1 of the value's type and lanes."""
+    return splat(tirx.const(1, dtype_of(value)), lanes_of(value))
 
 
 def _relu(x: Expr) -> Expr:
@@ -144,7 +164,7 @@ ELEMENTWISE: dict[Any, Callable[[fx.Node, Operand], Expr]] = {
     aten.add.Scalar: _binary(lambda a, b: a + b),
     aten.sub.Tensor: _binary(lambda a, b: a - b),
     aten.sub.Scalar: _binary(lambda a, b: a - b),
-    aten.rsub.Scalar: _binary(lambda a, b: b - a),
+    aten.rsub.Scalar: _reversed_sub,
     aten.mul.Tensor: _binary(lambda a, b: a * b),
     aten.mul.Scalar: _binary(lambda a, b: a * b),
     aten.div.Tensor: _binary(lambda a, b: a / b),
@@ -152,7 +172,7 @@ ELEMENTWISE: dict[Any, Callable[[fx.Node, Operand], Expr]] = {
     aten.maximum.default: _binary(_ordered(lambda a, b: T.max(a, b))),
     aten.minimum.default: _binary(_ordered(lambda a, b: T.min(a, b))),
     aten.neg.default: _unary(lambda x: -x),
-    aten.abs.default: _unary(lambda x: T.max(x, -x)),
+    aten.abs.default: _unary(lambda x: T.abs(x)),
     aten.exp.default: _unary(vmath.exp),
     aten.erf.default: _unary(vmath.erf),
     aten.tanh.default: _unary(vmath.tanh),
@@ -168,8 +188,8 @@ ELEMENTWISE: dict[Any, Callable[[fx.Node, Operand], Expr]] = {
     aten.clamp_min.default: _clamp,
     aten.eq.Tensor: _compare(lambda a, b: tirx.EQ(a, b)),
     aten.eq.Scalar: _compare(lambda a, b: tirx.EQ(a, b)),
-    aten.ne.Tensor: _compare(lambda a, b: tirx.NE(a, b)),
-    aten.ne.Scalar: _compare(lambda a, b: tirx.NE(a, b)),
+    aten.ne.Tensor: _compare(not_equal),
+    aten.ne.Scalar: _compare(not_equal),
     aten.lt.Tensor: _compare(lambda a, b: a < b),
     aten.lt.Scalar: _compare(lambda a, b: a < b),
     aten.le.Tensor: _compare(lambda a, b: a <= b),
@@ -188,6 +208,7 @@ ELEMENTWISE: dict[Any, Callable[[fx.Node, Operand], Expr]] = {
     aten.where.self: _where,
     aten.where.ScalarOther: _where,
     aten.where.ScalarSelf: _where,
+    aten.where.Scalar: _where,
     aten.masked_fill.Scalar: _masked_fill,
     aten._to_copy.default: _unary(lambda x: x),
 }

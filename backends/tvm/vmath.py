@@ -83,7 +83,7 @@ def erf(x: Expr) -> Expr:
     """
     lanes = lanes_of(x)
     limit = splat(_ERF_LIMIT, lanes)
-    z = T.bind(T.max(T.min(x, limit), -limit))
+    z = T.bind(T.max(-limit, T.min(limit, x)))
     w = T.bind(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
     return T.bind(_horner(w, _ERF) * z)
 
