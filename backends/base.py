@@ -48,8 +48,8 @@ class Executable(Protocol):
         """Time of each kernel alone on real data; equal kernels on equal shapes are one row."""
         ...
 
-    def sources(self) -> dict[str, str]:
-        """Generated code by file name (``gemm_0.tir.py``, ``gemm_0.s``)."""
+    def sources(self) -> list[tuple[str, str, str]]:
+        """Generated code as (name, TIR text, assembly text)."""
         ...
 
     def weights_bytes(self) -> int:

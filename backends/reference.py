@@ -27,9 +27,9 @@ class ReferenceExecutable:
         """There are none."""
         return []
 
-    def sources(self) -> dict[str, str]:
+    def sources(self) -> list[tuple[str, str, str]]:
         """There are none."""
-        return {}
+        return []
 
     def weights_bytes(self) -> int:
         """Bytes of parameters and buffers."""

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 from planish import passes as registry
 from planish.backends import backend
 from planish.backends.base import Executable, KernelTime, Unsupported
-from planish.capture import Dynamic, Signature, capture, check_tensor
+from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
 from planish.errors import DimError, InputError, UnsupportedOpsError
 from planish.pipeline import Pass, Step, run_pipeline
@@ -52,6 +52,9 @@ def compile(
     Raises:
         CaptureError, ModelStateError, InputError, DimError, TargetError, UnsupportedOpsError: see each class.
     """
+    check_model(model)
+    if inputs is not None:
+        check_inputs_kind(inputs)
     parsed = Target.parse(target)
     pipeline = registry.resolve(passes)
     compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify)
@@ -142,8 +145,8 @@ class CompiledModel:
             "weights_bytes": compiled.executable.weights_bytes(),
         }
 
-    def sources(self) -> dict[str, str]:
-        """Generated code by file name."""
+    def sources(self) -> list[tuple[str, str, str]]:
+        """Generated code as (name, TIR text, assembly text)."""
         return self._ready().executable.sources()
 
     def trim(self) -> None:

@@ -122,6 +122,8 @@ def capture(
         DimError: ``dynamic`` does not fit the inputs.
         CaptureError: torch.export failed, or the model fixes a dynamic dim or changes its own state.
     """
+    check_model(model)
+    check_inputs_kind(inputs)
     if isinstance(model, ExportedProgram):
         return _capture_exported(model)
     args, kwargs = ((), inputs) if isinstance(inputs, Mapping) else (tuple(inputs), {})
@@ -130,7 +132,9 @@ def capture(
     paths, in_spec = pytree.tree_flatten_with_path(bound)
     names = tuple(".".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path, _ in paths)
     values = [value for _, value in paths]
-    _check_state(model, names, values)
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, torch.Tensor):
+            check_tensor(name, value)
     dims = _check_dynamic(names, values, dynamic or {})
     flat = _FlatModule(model, parameters, in_spec, values)
     tensor_names = [n for n, v in zip(names, values, strict=True) if isinstance(v, torch.Tensor)]
@@ -176,7 +180,14 @@ def _star_index(name: str) -> int:
     return int(name.rsplit(".", 1)[1])
 
 
-def _check_state(model: torch.nn.Module, names: Sequence[str], values: Sequence[Any]) -> None:
+def check_model(model: Any) -> None:
+    """Raise unless ``model`` can be captured: a module in eval mode with all its tensors on the CPU."""
+    if isinstance(model, ExportedProgram):
+        return
+    if not isinstance(model, torch.nn.Module):
+        raise InputError(
+            f"the model is {_describe(model)}", why="planish captures an nn.Module or an ExportedProgram", fix="pass one"
+        )
     training = [n or type(model).__name__ for n, m in model.named_modules() if m.training]
     if training:
         raise ModelStateError(
@@ -184,12 +195,20 @@ def _check_state(model: torch.nn.Module, names: Sequence[str], values: Sequence[
             why="planish compiles inference",
             fix="call model.eval() first",
         )
-    elsewhere = [(n, p.device) for n, p in model.named_parameters() if p.device.type != "cpu"]
-    if elsewhere:
-        raise ModelStateError(f"parameter {elsewhere[0][0]!r} is on {elsewhere[0][1]}", fix="move the model: model.cpu()")
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, torch.Tensor):
-            check_tensor(name, value)
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            if tensor.device.type != "cpu":
+                raise ModelStateError(f"{kind} {name!r} is on {tensor.device}", fix="move the model: model.cpu()")
+
+
+def check_inputs_kind(inputs: Any) -> None:
+    """Raise unless ``inputs`` is a tuple (or list) or a mapping."""
+    if not isinstance(inputs, (tuple, list, Mapping)):
+        raise InputError(
+            f"inputs is {_describe(inputs)}",
+            why="it must be a tuple of positional arguments or a dict of keyword arguments",
+            fix="for one tensor write (x,)",
+        )
 
 
 def check_tensor(name: str, value: torch.Tensor) -> None:
@@ -204,6 +223,12 @@ def check_tensor(name: str, value: torch.Tensor) -> None:
 
 def _check_dynamic(names: Sequence[str], values: Sequence[Any], dynamic: Dynamic) -> dict[tuple[str, int], Dim]:
     """Check the user's ``dynamic`` and return it as (input, axis) to dim."""
+    if not isinstance(dynamic, Mapping) or not all(isinstance(axes, Mapping) for axes in dynamic.values()):
+        raise DimError(
+            f"dynamic is {dynamic!r}",
+            why="it maps an input's name to a mapping of axis to dim",
+            fix='write {"input_ids": {0: planish.Dim("batch", 1, 64)}}',
+        )
     by_name = dict(zip(names, values, strict=True))
     found: dict[str, tuple[Dim, int]] = {}
     dims: dict[tuple[str, int], Dim] = {}

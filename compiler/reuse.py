@@ -31,11 +31,15 @@ def fingerprint(
     if not isinstance(model, torch.nn.Module):
         return None
     digest = hashlib.sha256()
+    tensors: list[tuple[str, torch.Tensor]] = [*model.named_parameters(), *model.named_buffers()]
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
         code = getattr(getattr(module.forward, "__func__", module.forward), "__code__", None)
         digest.update(f"{name}:{type(module)!r}:{code!r}:{plain!r}\n".encode())
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        # The repr of a large tensor leaves out most of its values.
+        hidden = [v for v in pytree.tree_leaves(plain) if isinstance(v, torch.Tensor)]
+        tensors += [(f"{name}.{i}", v) for i, v in enumerate(hidden)]
+    for name, tensor in tensors:
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     leaves, spec = pytree.tree_flatten(dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs))

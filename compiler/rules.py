@@ -11,6 +11,7 @@ from torch import fx
 
 from planish.pipeline import Refusal, Result
 from planish.program import Program
+from planish.verify import infer_values
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def _sweep(program: Program, rules: Sequence[Rule], result: Result, refused: dic
             elif new is not None:
                 if "val" not in new.meta:
                     new.meta["val"] = node.meta["val"]
+                infer_values(program)
                 node.replace_all_uses_with(new)
                 result.rewrites[r.name] += 1
                 refused.pop((r.name, node.name), None)

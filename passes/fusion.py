@@ -184,7 +184,7 @@ class _Fusion:
     def _only_user(self, group: Group) -> fx.Node | None:
         users = list(group.result.users)
         if len(users) == 1:
-            return users[0] if users[0] not in self.owned else None
+            return users[0] if users[0].op != "output" and users[0] not in self.owned else None
         if any(u.target in ELEMENTWISE | {LAYER_NORM} for u in users):
             self._refuse(group.result, f"{group.result.name} is used by {len(users)} ops, so it is stored")
         return None

@@ -25,6 +25,7 @@ from planish.backends.tvm.builder import (
     lanes_at,
     round_up,
     splat,
+    transpose,
 )
 from planish.backends.tvm.index import flat_index, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel
@@ -81,9 +82,9 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     """Kernel of a region around SDPA; None where an operand has no contiguous columns.
 
     before: ``reshape(transpose(softmax(q k^T scale + mask) v))``
-    after:  for each (batch, head): transpose k once into panels (times scale); for each tile of query rows: scores by
-            the GEMM tile into a strip, exponentials and their sum on the strip, strip times v by the GEMM tile straight
-            into the result, divided by the sum
+    after:  for each (batch, head): transpose k once into panels (times scale) and copy v, which lie scattered among the
+            heads; for each tile of query rows: scores by the GEMM tile into a strip, exponentials and their sum on the
+            strip, strip times v by the GEMM tile straight into the result, divided by the sum
     """
     q, key, value = attention.args[:3]
     assert isinstance(q, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
@@ -91,7 +92,8 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     depth, width = int(q.meta["val"].shape[-1]), int(value.meta["val"].shape[-1])
     keys = program.shape(key)[-2]
     panel = tile.vectors * module.target.lanes
-    scratch = Scratch(4 * TASKS * (depth + tile.rows + 1) * (keys + panel))
+    per_key = depth + tile.rows + 1 + -(-width // module.target.lanes) * module.target.lanes
+    scratch = Scratch(4 * TASKS * per_key * (keys + panel))
     with kernel(module, program, region, [(scratch, "float32")]) as (k, out, (buffer,)):
         operands = [matrix(k, n) for n in (q, key, value)]
         result = result_matrix(k, attention, out)
@@ -106,7 +108,7 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
         items = T.bind(items)
         padded = T.bind(round_up(item.keys, panel))
         with T.parallel(0, TASKS) as task:
-            base = T.bind(task * (padded * (depth + tile.rows + 1)))
+            base = T.bind(task * (padded * per_key))
             with T.serial(0, T.max(ceil_div(items - task, TASKS), 0)) as n:
                 index = unflatten_index(shape[:-2], T.bind(task + n * TASKS))
                 item.emit(tuple(T.bind(i + i32(0)) for i in index), base, padded)
@@ -119,7 +121,10 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
 
 @dataclass(frozen=True)
 class Item:
-    """Code for one (batch, head). Scratch of a task: k panels [depth, padded], scores [rows, padded], mask [padded]."""
+    """Code for one (batch, head).
+
+    Scratch of a task: k panels [depth, padded], scores [rows, padded], mask [padded], v [padded, width in vectors].
+    """
 
     k: Kernel
     attention: fx.Node
@@ -145,7 +150,9 @@ class Item:
         q_base, o_base = T.bind(self.q.base(index)), T.bind(self.out.base(index))
         scores = T.bind(base + padded * self.depth)
         mask = T.bind(scores + padded * self.tile.rows)
+        values = T.bind(mask + padded)
         self.pack_keys(base, k_base, padded)
+        self.pack_values(values, v_base)
         per_row = self.mask_depends_on_row()
         if not per_row:
             self.fill_mask(mask, index, i32(0), padded)
@@ -164,7 +171,7 @@ class Item:
                 if per_row:
                     self.fill_mask(mask, index, T.bind(row + r), padded)
                 T.buffer_store(inverse, self.softmax(T.bind(scores + r * padded), mask, padded), [r])
-            self.weigh_values(v_base, scores, o_base, row, left, padded)
+            self.weigh_values(values, scores, o_base, row, left, padded)
             with T.serial(0, rows) as r:
                 at = T.bind(o_base + (row + r) * self.out.stride)
                 scale = T.bind(inverse[r])
@@ -173,15 +180,43 @@ class Item:
                     T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
 
     def pack_keys(self, base: Expr, k_base: Expr, padded: Expr) -> None:
-        """Keys as [panel of keys][depth][key], scaled; zeros beyond the last key."""
+        """Keys as [panel of keys][depth][key], scaled; beyond the last key it is repeated (the mask hides it)."""
+        lanes = self.k.lanes
         scale = argument(self.attention, 6, "scale")
         scale = self.depth**-0.5 if scale is None else scale
-        with T.serial(0, padded) as j:
-            at = T.bind(base + T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel))
-            row = T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
-            factor = T.bind(tirx.Select(j < self.keys, f32(scale), f32(0.0)))
-            with T.serial(0, self.depth) as d:
-                T.buffer_store(self.scratch, self.key.buffer[row + d] * factor, [at + d * self.panel])
+
+        def key(j: Expr) -> Expr:
+            return T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
+
+        def place(j: Expr, d: Expr) -> Expr:
+            return base + T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel) + d * self.panel
+
+        with T.serial(0, T.floordiv(padded, lanes)) as block:
+            first = T.bind(block * lanes)
+            rows = [key(first + j) for j in range(lanes)]
+            with T.serial(0, self.depth // lanes) as columns:
+                at = T.bind(columns * lanes)
+                tile = [T.bind(self.key.buffer[lanes_at(row + at, lanes)]) for row in rows]
+                for d, vector in enumerate(transpose(tile, lanes)):
+                    value = vector if scale == 1.0 else vector * splat(float(scale), lanes)
+                    T.buffer_store(self.scratch, value, [lanes_at(place(first, at + d), lanes)])
+            with T.serial(0, self.depth % lanes) as d:
+                column = T.bind(d + self.depth // lanes * lanes)
+                for j, row in enumerate(rows):
+                    T.buffer_store(self.scratch, self.key.buffer[row + column] * f32(float(scale)), [place(first + j, column)])
+
+    @property
+    def pitch(self) -> int:
+        """Elements between the copied rows of v."""
+        return -(-self.width // self.k.lanes) * self.k.lanes
+
+    def pack_values(self, values: Expr, v_base: Expr) -> None:
+        """Copy v's rows next to each other: in place they may share few cache sets."""
+        with T.serial(0, self.keys) as j:
+            row = T.bind(v_base + j * self.value.stride)
+            for start, count in for_vectors(self.width, self.k.lanes):
+                value = self.value.buffer[lanes_at(row + start, count)]
+                T.buffer_store(self.scratch, value, [lanes_at(values + j * self.pitch + start, count)])
 
     def mask_node(self) -> fx.Node | None:
         """The mask operand."""
@@ -241,21 +276,22 @@ class Item:
         highest = horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
-            weight = vmath.exp_nonpositive(self.scratch[place] - splat(highest, lanes))
+            weight = vmath.exp_clamped(self.scratch[place] - splat(highest, lanes))
             T.buffer_store(self.scratch, weight, [place])
             T.buffer_store(total, total[whole] + weight, [whole])
         total_sum = T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
-        return tirx.Select(tirx.EQ(total_sum, f32(0.0)), f32(0.0), f32(1.0) / total_sum)
+        # the largest score of a row that sees a key weighs 1; a row that sees none sums up clamped exponentials only
+        return tirx.Select(total_sum < f32(1e-30), f32(0.0), f32(1.0) / total_sum)
 
-    def weigh_values(self, v_base: Expr, scores: Expr, o_base: Expr, row: Expr, left: Expr, padded: Expr) -> None:
+    def weigh_values(self, values: Expr, scores: Expr, o_base: Expr, row: Expr, left: Expr, padded: Expr) -> None:
         """The strip times v, straight into the result, a block of columns at a time."""
         lanes = self.k.lanes
         for start in range(0, self.width, self.panel):
             columns = min(self.panel, self.width - start)
             a = T.address_of(self.scratch[scores])
-            b = T.address_of(self.value.buffer[v_base + start])
+            b = T.address_of(self.scratch[values + start])
             c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
-            operands = (a, b, c, padded, self.value.stride, self.out.stride, self.keys)
+            operands = (a, b, c, padded, i32(self.pitch), self.out.stride, self.keys)
             call_tile(
                 self.k.module, self.tile, left, operands, vectors=-(-columns // lanes), tail_lanes=columns % lanes
             )

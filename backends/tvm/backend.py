@@ -9,7 +9,7 @@ from threading import Lock
 import tvm
 
 from planish.backends.base import Unsupported
-from planish.backends.tvm.codegen import build_main, compile_module
+from planish.backends.tvm.codegen import ENTRY, build_main, compile_module
 from planish.backends.tvm.executable import TvmExecutable
 from planish.backends.tvm.kernel import Module
 from planish.backends.tvm.lower import Lowering, unsupported
@@ -34,19 +34,20 @@ class TvmBackend:
         constants = [(i, constant(program.module, n).detach(), layout, w) for i, n, layout, w in lowering.constants]
         blob, offsets = build_blob(constants, target.lanes)
         main = build_main(program, lowering.plan, lowering.outputs, offsets, lowering.module)
-        code, assembly = _machine_code(lowering.module, main)
-        tir = {name: func.script() for name, func in lowering.module.functions.items()}
-        return TvmExecutable(program, lowering.plan, lowering.outputs, blob, code, tir, assembly)
+        objects = _machine_code(lowering.module, main)
+        functions = lowering.module.functions | lowering.module.tiles | {ENTRY: main}
+        tir = {name: func.script() for name, func in functions.items()}
+        return TvmExecutable(program, lowering.plan, lowering.outputs, blob, objects, tir)
 
 
-_cache: OrderedDict[bytes, tuple[bytes, str]] = OrderedDict()
+_cache: OrderedDict[bytes, list[tuple[bytes, str]]] = OrderedDict()
 _cache_lock = Lock()
 _CACHE_ENTRIES = 16
 
 
-def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> tuple[bytes, str]:
+def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> list[tuple[bytes, str]]:
     """Object code and assembly; equal modules for equal targets are compiled once in a process."""
-    text = "\n".join([repr(module.target), *(f"{n}\n{f.script()}" for n, f in module.functions.items()), main.script()])
+    text = "\n".join([repr(module.target), *(f"{n}\n{f.script()}" for n, f in (module.functions | module.tiles).items()), main.script()])
     key = hashlib.sha256(text.encode()).digest()
     with _cache_lock:
         if key in _cache:

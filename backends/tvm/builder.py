@@ -146,3 +146,20 @@ def horizontal(vector: Expr, lanes: int, combine: Any) -> Expr:
         high = T.Shuffle([vector], [i32(i) for i in range(half, lanes)])
         vector, lanes = T.bind(combine(low, high)), half
     return vector
+
+
+def transpose(rows: list[Expr], lanes: int) -> list[Expr]:
+    """Transpose ``lanes`` vectors of ``lanes`` values in registers: log2(lanes) rounds of pairwise block exchanges."""
+    step = lanes // 2
+    while step:
+        low = [j if not j & step else lanes + j - step for j in range(lanes)]
+        high = [j + step if not j & step else lanes + j for j in range(lanes)]
+        exchanged = list(rows)
+        for i in range(lanes):
+            if not i & step:
+                pair = [rows[i], rows[i + step]]
+                exchanged[i] = T.bind(T.Shuffle(pair, [i32(j) for j in low]))
+                exchanged[i + step] = T.bind(T.Shuffle(pair, [i32(j) for j in high]))
+        rows = exchanged
+        step //= 2
+    return rows

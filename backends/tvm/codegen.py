@@ -79,14 +79,18 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
     return f.func
 
 
-def compile_module(module: Module, main: tirx.PrimFunc) -> tuple[bytes, str]:
-    """Object code of all functions, and its assembly text."""
+def compile_module(module: Module, main: tirx.PrimFunc) -> list[tuple[bytes, str]]:
+    """Object code and assembly text of the kernels with the model's function, and of the tiles."""
     functions = {module.globals[name]: func for name, func in module.functions.items()}
     functions[tvm.ir.GlobalVar(ENTRY)] = main
-    target = llvm_target(module.target)
+    tiles = {tvm.ir.GlobalVar(name): func for name, func in module.tiles.items()}
+    return [_object_code(f, llvm_target(module.target)) for f in (functions, tiles) if f]
+
+
+def _object_code(functions: dict[tvm.ir.GlobalVar, tirx.PrimFunc], target: tvm.target.Target) -> tuple[bytes, str]:
     lowered = lowering_passes()(tirx.transform.BindTarget(target)(tvm.IRModule(functions)))
     code = tvm.get_global_func("target.build.llvm")(lowered, target)
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.o"
+        path = Path(folder) / "code.o"
         code.write_to_file(str(path), "o")
         return path.read_bytes(), code.inspect_source("asm")

@@ -45,19 +45,18 @@ class TvmExecutable:
         plan: Plan,
         outputs: list[int],
         blob: torch.Tensor,
-        code: bytes,
+        objects: list[tuple[bytes, str]],
         tir: dict[str, str],
-        assembly: str,
     ) -> None:
         self.plan = plan
-        self.code = code
+        self.objects = objects
         self._dims = tuple(program.dims)
         self._blob = blob
-        self._tir, self._assembly = tir, assembly
+        self._tir = tir
         self._output_buffers = tuple(dict.fromkeys(outputs))
         self._order = tuple(self._output_buffers.index(o) for o in outputs)
         self._dtypes = tuple(program.outputs[outputs.index(o)].dtype for o in self._output_buffers)
-        self._lib = runtime.load_library(code)
+        self._lib = runtime.load_library(*[code for code, _ in objects])
         self._main: Any = getattr(self._lib, ENTRY)
         inputs = len(program.inputs)
         pointers = inputs + len(self._output_buffers) + 3
@@ -161,9 +160,10 @@ class TvmExecutable:
             for (name, shape), times in rows.items()
         ]
 
-    def sources(self) -> dict[str, str]:
-        """TIR of every function and the assembly of the whole model."""
-        return {f"{name}.tir.py": text for name, text in self._tir.items()} | {"model.s": self._assembly}
+    def sources(self) -> list[tuple[str, str, str]]:
+        """(name, TIR, assembly) of every function; small kernels are inlined into the model's function."""
+        assembly = [split_assembly(text) for _, text in self.objects]
+        return [(name, tir, next((a[name] for a in assembly if name in a), "")) for name, tir in self._tir.items()]
 
     def weights_bytes(self) -> int:
         """Bytes of the weights blob."""
@@ -180,3 +180,17 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     copy = aligned(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)
+
+
+def split_assembly(text: str) -> dict[str, str]:
+    """Assembly by function: from each function's label to its ``.size``."""
+    functions: dict[str, list[str]] = {}
+    current: list[str] | None = None
+    for line in text.splitlines():
+        if line.endswith(":") and not line.startswith((".", "\t", " ")):
+            current = functions.setdefault(line[:-1], [])
+        if current is not None:
+            current.append(line)
+        if line.strip().startswith(".size"):
+            current = None
+    return {name: "\n".join(lines) + "\n" for name, lines in functions.items()}

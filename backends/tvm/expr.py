@@ -112,10 +112,8 @@ class Evaluator:
         where = flat_index(source.shape, index)
         if lanes_of(where) > 1 and isinstance(where, tirx.Broadcast):
             where = where.value
-        value = source.buffer[where]
-        if source.dtype is torch.bool:
-            return value > splat(0, lanes_of(value), "uint8")
-        return T.bind(value)
+        value = T.bind(source.buffer[where])
+        return tirx.NE(value, splat(0, lanes_of(value), "uint8")) if source.dtype is torch.bool else value
 
     def affine(self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]) -> tuple[fx.Node, list[Expr]] | None:
         """Address of ``node`` at ``index`` as source, coefficients of the variables ``over``, and offset, in elements.
@@ -130,8 +128,11 @@ class Evaluator:
         found = tvm.sym.detect_linear_equation(flat if not isinstance(flat, int) else i32(flat), list(over))
         return (node, [simplify(c) for c in found]) if len(found) else None
 
-    def checked(self, value: Expr, node: fx.Node, size: Expr) -> Expr:
-        """An index read from the tensor ``node``, made safe: out of range sets the status and reads element 0."""
+    def checked(self, value: Expr, node: fx.Node, size: Expr, *, wrap: bool = False) -> Expr:
+        """An index read from the tensor ``node``, made safe: out of range sets the status and reads element 0.
+
+        With ``wrap`` negative indices count from the end.
+        """
         base = node
         while base.target in VIEWS:
             base = base.args[0]  # pyright: ignore
@@ -143,7 +144,8 @@ class Evaluator:
         # Memory of their own keeps TVM from inlining these expressions into each other, which grows exponentially.
         wide, place = T.alloc_buffer((1,), "int64"), T.alloc_buffer((1,), "int32")
         T.buffer_store(wide, cast(value, torch.int64), [0])
-        T.buffer_store(wide, tirx.Select(wide[0] < 0, wide[0] + limit, wide[0]), [0])
+        if wrap:
+            T.buffer_store(wide, tirx.Select(wide[0] < 0, wide[0] + limit, wide[0]), [0])
         with T.If(tirx.Or(wide[0] < 0, wide[0] >= limit)), T.Then():
             T.buffer_store(self.status, i32(1), [0])
             T.buffer_store(wide, tirx.const(0, "int64"), [0])

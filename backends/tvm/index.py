@@ -102,6 +102,8 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
         return value
     if dtype is torch.bool:
         return not_equal(value, splat(0, lanes, dtype_of(value)))
+    if dtype_of(value) == "bool":  # TVM's integer-set analysis fails on casts of bool vectors
+        return tirx.Select(value, splat(1, lanes, kind), splat(0, lanes, kind))
     return tirx.Cast(wanted, value)
 
 

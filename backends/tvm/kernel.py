@@ -47,19 +47,22 @@ class Region:
 
 @dataclass
 class Module:
-    """Functions of the TIR module of one model; helpers such as micro-kernels are made on demand and shared."""
+    """Functions of one model. ``tiles`` are the register-blocked loops that kernels call; they are made on demand.
+
+    Tiles become an object file of their own: inlined into a kernel they would share its registers and spill.
+    """
 
     target: Target
     functions: dict[str, tirx.PrimFunc] = field(default_factory=dict[str, tirx.PrimFunc])
+    tiles: dict[str, tirx.PrimFunc] = field(default_factory=dict[str, tirx.PrimFunc])
     globals: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict[str, tvm.ir.GlobalVar])
     _by_hash: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
 
-    def helper(self, name: str, build: Callable[[], tirx.PrimFunc]) -> tvm.ir.GlobalVar:
-        """The helper function ``name``, built at first use."""
-        if name not in self.globals:
-            self.globals[name] = tvm.ir.GlobalVar(name)
-            self.functions[name] = build()
-        return self.globals[name]
+    def tile(self, name: str, build: Callable[[], tirx.PrimFunc]) -> str:
+        """C symbol of the tile ``name``, built at first use."""
+        if name not in self.tiles:
+            self.tiles[name] = build()
+        return name
 
     def kernel(self, stem: str, func: tirx.PrimFunc) -> str:
         """Name of ``func`` in the module: an equal kernel's name, or a new one made from ``stem``."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import tvm
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
@@ -35,14 +34,14 @@ def attention_tile(target: Target) -> Tile:
     return Tile(12, 2) if target.vector_registers >= 32 else Tile(6, 2)
 
 
-def build_tile(rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
+def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
     Parameters: A, B, C, lda, ldb, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
     Strides are in elements. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
     do not depend on how rows are cut into tiles.
     """
-    with function() as f:
+    with function(symbol) as f:
         (a, b, c), (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * 3, 4 + ragged, align=4)
         last = rest[0] if ragged else None
         whole = T.ramp(0, 1, lanes)
@@ -69,11 +68,11 @@ def build_tile(rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.Pri
     return f.func
 
 
-def tile(module: Module, rows: int, vectors: int, *, ragged: bool = False) -> tvm.ir.GlobalVar:
-    """The tile function of this size, shared by all kernels of the module."""
+def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool) -> str:
+    """C symbol of the tile function of this size, shared by all kernels of the module."""
     lanes = module.target.lanes
-    name = f"tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "")
-    return module.helper(name, lambda: build_tile(rows, vectors, lanes, ragged=ragged))
+    name = f"planish_tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "")
+    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, ragged=ragged))
 
 
 def call_tile(
@@ -97,7 +96,8 @@ def call_tile(
         condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
-                T.evaluate(tile(module, rows, vectors, ragged=bool(tail_lanes))(*arguments))
+                symbol = tile_symbol(module, rows, vectors, ragged=bool(tail_lanes))
+                T.evaluate(T.call_extern("int32", symbol, *arguments))
             if rows > 1:
                 with T.Else():
                     choose(rows - 1)

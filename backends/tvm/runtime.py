@@ -133,8 +133,8 @@ def set_threads(n: int) -> None:
     launcher().set_threads(n)
 
 
-def load_library(code: bytes | Path) -> ctypes.CDLL:
-    """Link an object file (its bytes or its path) into a shared library, load it and wire it to the launcher.
+def load_library(*code: bytes | Path) -> ctypes.CDLL:
+    """Link object files (bytes or paths) into one shared library, load it and wire it to the launcher.
 
     The library is unloaded when neither it nor a function taken from it is referenced any more; keep one of them for as
     long as a bare address of its code is in use.
@@ -145,20 +145,21 @@ def load_library(code: bytes | Path) -> ctypes.CDLL:
     return _load_library(code, launcher())
 
 
-def _load_library(code: bytes | Path, active: Launcher) -> ctypes.CDLL:
+def _load_library(code: Sequence[bytes | Path], active: Launcher) -> ctypes.CDLL:
     """`load_library` with a launcher of the caller's choice."""
     with _workspace() as folder:
-        source = code if isinstance(code, Path) else Path(folder, "model.o")
+        sources = [c if isinstance(c, Path) else Path(folder, f"model{i}.o") for i, c in enumerate(code)]
         target = Path(folder, "model.so")
         try:
-            if isinstance(code, bytes):
-                source.write_bytes(code)
-            _run((*active.compiler, *_LINK_FLAGS, "-o", str(target), str(source), *_LINK_LIBRARIES))
+            for source, c in zip(sources, code, strict=True):
+                if isinstance(c, bytes):
+                    source.write_bytes(c)
+            _run((*active.compiler, *_LINK_FLAGS, "-o", str(target), *map(str, sources), *_LINK_LIBRARIES))
             lib = ctypes.CDLL(str(target))
         except (_ToolFailed, OSError) as error:
             raise ToolchainError(
                 "a compiled model could not be linked and loaded",
-                where=str(source),
+                where=", ".join(map(str, sources)),
                 why=str(error),
                 fix="see the tool's message; a full disk or a cache folder mounted noexec are frequent reasons",
             ) from error
@@ -168,7 +169,7 @@ def _load_library(code: bytes | Path, active: Launcher) -> ctypes.CDLL:
     if foreign:
         raise ToolchainError(
             f"a compiled model calls TVM's runtime through {', '.join(foreign)}",
-            where=str(source),
+            where=", ".join(map(str, sources)),
             why="native models run without TVM's runtime, so these pointers stay null",
             fix="build the module with the C-ABI pipeline, without asserts, packed calls or parallel barriers",
         )

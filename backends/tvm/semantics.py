@@ -400,7 +400,7 @@ def _index(ev: Evaluator, node: fx.Node, index: Index) -> Expr:
     for axis in used:
         own = ev.shape(tensors[axis])  # pyright: ignore
         part = tuple(0 if as_int(s) == 1 else i for s, i in zip(own, grid[rank - len(own) :], strict=True))
-        places.append(ev.checked(ev.at(tensors[axis], part), tensors[axis], shape[axis]))  # pyright: ignore
+        places.append(ev.checked(ev.at(tensors[axis], part), tensors[axis], shape[axis], wrap=True))  # pyright: ignore
     return ev.at(source, (*index[:first], *places, *index[first + rank :]))
 
 

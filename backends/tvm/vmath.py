@@ -37,7 +37,14 @@ def exp(x: Expr) -> Expr:
 
 
 def exp_nonpositive(x: Expr) -> Expr:
-    """e^x without the upper range check, for the x <= 0 (or -inf) of a softmax.
+    """e^x for the x <= 0 (or -inf) of a softmax: without the upper range check; 0 below -87.3."""
+    lanes = lanes_of(x)
+    x = T.bind(x)
+    return T.bind(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), exp_clamped(x)))
+
+
+def exp_clamped(x: Expr) -> Expr:
+    """e^x for x <= 0, and e^-87.3 = 1.2e-38 for everything below: the cheapest form.
 
     x = n ln2 + t with t in [-ln2/2, ln2/2] (Cody-Waite in two steps); e^t is a degree-5 polynomial with the
     coefficients of Dukhan and Ablavatski (arXiv 2001.04438); 2^n is added into the exponent bits. n is rounded with
@@ -52,7 +59,7 @@ def exp_nonpositive(x: Expr) -> Expr:
     p = _horner(t, [*_EXP, 1.0])
     kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
     bits = T.reinterpret(ints, p) + T.shift_left(T.cast(n, ints), splat(23, lanes, "int32"))
-    return T.bind(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), T.reinterpret(kind, bits)))
+    return T.bind(T.reinterpret(kind, bits))
 
 
 _ERF_LIMIT = 3.8890872965260113
@@ -76,16 +83,17 @@ _ERF = [
 
 
 def erf(x: Expr) -> Expr:
-    """erf(x), absolute error 3.3e-7.
+    """erf(x), absolute error 3.3e-7; never beyond 1, so that 1 + erf(x) is 0 for large negative x.
 
     erf(x)/x is even: a degree-14 Chebyshev fit in w = 2 x^2/L^2 - 1 on |x| <= L = 5.5/sqrt(2) (powers of w, because
-    powers of x^2 cancel badly in fp32); beyond L the value at L, which is 1 to 4e-8.
+    powers of x^2 cancel badly in fp32); beyond L the value at L, which is 1 to 2.4e-7, and is cut off at 1.
     """
     lanes = lanes_of(x)
     limit = splat(_ERF_LIMIT, lanes)
     z = T.bind(T.max(-limit, T.min(limit, x)))
     w = T.bind(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
-    return T.bind(_horner(w, _ERF) * z)
+    one = splat(1.0, lanes)
+    return T.bind(T.max(-one, T.min(one, _horner(w, _ERF) * z)))
 
 
 def gelu(x: Expr) -> Expr:
