@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from planish import verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
-from planish.program import Dim, Program, TensorSpec, add_constant, evaluate
+from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
 from planish.rules import aten, remove_dead
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
@@ -266,11 +266,15 @@ _PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
 def _for_tracing(
     names: Sequence[str], tensors: Sequence[torch.Tensor], dims: Mapping[tuple[str, int], Dim]
 ) -> tuple[torch.Tensor, ...]:
-    """The example with dynamic dims of size 1 enlarged: torch.export would fix those at 1."""
+    """The example with dynamic dims of size 1 enlarged, which torch.export would fix at 1.
+
+    Each is a tensor object of its own: torch.export would take one that is passed twice for a single input.
+    """
     used = {t.shape[a] for n, t in zip(names, tensors, strict=True) for a in range(t.dim()) if (n, a) in dims}
     sizes: dict[str, int] = {}
     enlarged: list[torch.Tensor] = []
-    for name, tensor in zip(names, tensors, strict=True):
+    for name, given in zip(names, tensors, strict=True):
+        tensor = given.detach()
         for axis in range(tensor.dim()):
             dim = dims.get((name, axis))
             if dim is not None and tensor.shape[axis] == 1:
@@ -469,20 +473,51 @@ def _check_size_one(model: Callable[..., Any], program: Program) -> None:
     if not ones:
         return
     small = list(program.example)
+    sizes: dict[str, int] = {}
     for i, spec in enumerate(program.inputs):
         for axis, size in enumerate(spec.shape):
             if str(size) in ones:
                 small[i] = small[i].narrow(axis, 0, 1).contiguous()
-    with torch.no_grad():
-        want = [v for v in pytree.tree_leaves(model(*small)) if isinstance(v, torch.Tensor)]
-        got = program.run(*small)
-    worst = max((verify.relative_error(w, g) for w, g in zip(want, got, strict=True)), default=0.0)
-    if not worst <= 1e-4:
-        raise CaptureError(
-            f"the captured graph differs from the model at size 1 (relative error {worst:.3g})",
+            sizes[str(size)] = small[i].shape[axis]
+
+    def fail(what: str, where: str = "") -> CaptureError:
+        return CaptureError(
+            f"the captured graph differs from the model at size 1: {what}",
+            where=where,
             why="the model takes another path when a dynamic dim is 1",
             fix=f"start the range of {', '.join(sorted(ones))} at 2",
         )
+
+    graph = _ShapeCheck(program, sizes)
+    with torch.no_grad():
+        try:
+            want = [v for v in pytree.tree_leaves(model(*small)) if isinstance(v, torch.Tensor)]
+            got = graph.run(*small)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise fail(f"it fails with {_first_lines(error)}") from error
+    if graph.wrong is not None:
+        raise fail(f"{graph.wrong.name} has another shape", source_line(graph.wrong))
+    worst = max((verify.relative_error(w, g) for w, g in zip(want, got, strict=True)), default=0.0)
+    if not worst <= 1e-4:
+        raise fail(f"relative error {worst:.3g}")
+
+
+class _ShapeCheck(fx.Interpreter):
+    """Runs the captured graph and keeps the first node whose value has another shape than was captured."""
+
+    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
+        super().__init__(program.module)
+        self.program, self.sizes = program, sizes
+        self.wrong: fx.Node | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if self.wrong is None and n.op == "call_function" and isinstance(value, torch.Tensor):
+            shape = self.program.shape(n)
+            known = all(isinstance(s, int) or {str(f) for f in s.free_symbols} <= self.sizes.keys() for s in shape)
+            if known and tuple(value.shape) != tuple(evaluate(s, self.sizes) for s in shape):
+                self.wrong = n
+        return value
 
 
 def _describe(value: Any) -> str:

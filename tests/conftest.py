@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
@@ -69,6 +70,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHE, ignore_errors=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _check_every_pass() -> None:
+    """Values are compared in fp64 around every pass; a session that has not loaded torch compiles nothing."""
+    if "torch" in sys.modules:
+        from planish import verify
+
+        verify.always = True
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,7 @@ from planish.program import Program
 from planish.rules import argument
 
 Index = tuple[Expr, ...]
+_LOWEST = -3.4028234663852886e38
 
 
 @dataclass(frozen=True)
@@ -180,10 +181,13 @@ class Item:
                     T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
 
     def pack_keys(self, base: Expr, k_base: Expr, padded: Expr) -> None:
-        """Keys as [panel of keys][depth][key], scaled; beyond the last key it is repeated (the mask hides it)."""
+        """Keys as [panel of keys][depth][key], times scale and log2(e); beyond the last key it is repeated (and masked).
+
+        With log2(e) in the scores the softmax can use powers of two.
+        """
         lanes = self.k.lanes
         scale = argument(self.attention, 6, "scale")
-        scale = self.depth**-0.5 if scale is None else scale
+        scale = vmath.LOG2E * float(self.depth**-0.5 if scale is None else scale)
 
         def key(j: Expr) -> Expr:
             return T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
@@ -198,12 +202,11 @@ class Item:
                 at = T.bind(columns * lanes)
                 tile = [T.bind(self.key.buffer[lanes_at(row + at, lanes)]) for row in rows]
                 for d, vector in enumerate(transpose(tile, lanes)):
-                    value = vector if scale == 1.0 else vector * splat(float(scale), lanes)
-                    T.buffer_store(self.scratch, value, [lanes_at(place(first, at + d), lanes)])
+                    T.buffer_store(self.scratch, vector * splat(scale, lanes), [lanes_at(place(first, at + d), lanes)])
             with T.serial(0, self.depth % lanes) as d:
                 column = T.bind(d + self.depth // lanes * lanes)
                 for j, row in enumerate(rows):
-                    T.buffer_store(self.scratch, self.key.buffer[row + column] * f32(float(scale)), [place(first + j, column)])
+                    T.buffer_store(self.scratch, self.key.buffer[row + column] * f32(scale), [place(first + j, column)])
 
     @property
     def pitch(self) -> int:
@@ -245,7 +248,7 @@ class Item:
             T.buffer_store(self.scratch, f32(float("-inf")), [mask + self.keys + j])
 
     def mask_value(self, index: Index, row: Expr, start: Expr, lanes: int) -> Expr:
-        """The additive mask at keys ``start ..`` of one row."""
+        """The additive mask at keys ``start ..`` of one row, times log2(e)."""
         column = lanes_at(start, lanes)
         hidden = splat(float("-inf"), lanes)
         value: Expr = splat(0.0, lanes)
@@ -255,7 +258,11 @@ class Item:
             full = (*index, row, column)[len(index) + 2 - len(shape) :]
             at = tuple(0 if as_int(s) == 1 else i for s, i in zip(shape, full, strict=True))
             value = splat(self.k.ev.at(node, at), lanes)
-            if "float" not in str(value.ty):
+            if "float" in str(value.ty):
+                # finfo.min stays finite: a row masked by it throughout is uniform, one masked by -inf is 0
+                finite = T.max(splat(_LOWEST, lanes), value * splat(vmath.LOG2E, lanes))
+                value = tirx.Select(tirx.EQ(value, hidden), hidden, finite)
+            else:
                 value = tirx.Select(value, splat(0.0, lanes), hidden)
         if argument(self.attention, 5, "is_causal", False):
             value = tirx.Select(column <= splat(row, lanes), value, hidden)
@@ -266,7 +273,7 @@ class Item:
         lanes = self.k.lanes
         whole = lanes_at(i32(0), lanes)
         top, total = T.alloc_buffer((lanes,), "float32"), T.alloc_buffer((lanes,), "float32")
-        T.buffer_store(top, splat(-3.4028234663852886e38, lanes), [whole])
+        T.buffer_store(top, splat(_LOWEST, lanes), [whole])
         T.buffer_store(total, splat(0.0, lanes), [whole])
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
@@ -276,7 +283,7 @@ class Item:
         highest = horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
-            weight = vmath.exp_clamped(self.scratch[place] - splat(highest, lanes))
+            weight = vmath.exp2_clamped(self.scratch[place] - splat(highest, lanes))
             T.buffer_store(self.scratch, weight, [place])
             T.buffer_store(total, total[whole] + weight, [whole])
         total_sum = T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))

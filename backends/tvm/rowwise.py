@@ -20,17 +20,30 @@ from planish.rules import argument, aten
 Index = tuple[Expr, ...]
 
 
+WAYS = 4
+"""Independent accumulators of a reduction: as many as hide the latency of an addition."""
+
+
 def accumulate(k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Expr], Expr], value: Any, lanes: int) -> Expr:
-    """Combine ``value(start, lanes)`` over ``0..size``: whole vectors lane by lane, then the rest, in a fixed order."""
-    wide = T.alloc_buffer((lanes,), "float32")
+    """Combine ``value(start, lanes)`` over ``0..size`` in a fixed order: ``WAYS`` vectors side by side, the vectors that
+    are left, then single elements; at the end the accumulators and their lanes pairwise."""
+    wide = [T.alloc_buffer((lanes,), "float32") for _ in range(WAYS)]
     narrow = T.alloc_buffer((1,), "float32")
     whole = lanes_at(i32(0), lanes)
-    T.buffer_store(wide, splat(start, lanes), [whole])
+    for register in wide:
+        T.buffer_store(register, splat(start, lanes), [whole])
     T.buffer_store(narrow, f32(start), [i32(0)])
-    for at, count in for_vectors(size, lanes):
-        into, where = (wide, whole) if count > 1 else (narrow, i32(0))
-        T.buffer_store(into, combine(into[where], value(at, count)), [where])
-    return T.bind(combine(horizontal(T.bind(wide[whole]), lanes, combine), narrow[0]))
+    step = lanes * WAYS
+    blocks = size // step if isinstance(size, int) else T.floordiv(size, step)
+    with T.serial(0, blocks) as block:
+        for way, register in enumerate(wide):
+            T.buffer_store(register, combine(register[whole], value(block * step + way * lanes, lanes)), [whole])
+    for at, count in for_vectors(size - blocks * step, lanes):
+        into, where = (wide[0], whole) if count > 1 or lanes == 1 else (narrow, i32(0))
+        T.buffer_store(into, combine(into[where], value(blocks * step + at, count)), [where])
+    vectors = [T.bind(register[whole]) for register in wide]
+    total = T.bind(combine(combine(vectors[0], vectors[1]), combine(vectors[2], vectors[3])))
+    return T.bind(combine(horizontal(total, lanes, combine), narrow[0]))
 
 
 def add(a: Expr, b: Expr) -> Expr:

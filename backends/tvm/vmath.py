@@ -28,6 +28,12 @@ def _horner(x: Expr, coefficients: Sequence[float]) -> Expr:
     return T.bind(value)
 
 
+def _even_odd(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Polynomial of even degree as even(x^2) + x odd(x^2): two chains of half the length, which hides latency."""
+    square = T.bind(x * x)
+    return T.bind(_horner(square, coefficients[0::2]) + x * _horner(square, coefficients[1::2]))
+
+
 def exp(x: Expr) -> Expr:
     """e^x, relative error 2e-7; 0 below -87.3 (where fp32 turns subnormal) and infinity above 88.37."""
     lanes = lanes_of(x)
@@ -44,7 +50,7 @@ def exp_nonpositive(x: Expr) -> Expr:
 
 
 def exp_clamped(x: Expr) -> Expr:
-    """e^x for x <= 0, and e^-87.3 = 1.2e-38 for everything below: the cheapest form.
+    """e^x for x <= 88.37, and e^-87.3 = 1.2e-38 for everything below -87.3.
 
     x = n ln2 + t with t in [-ln2/2, ln2/2] (Cody-Waite in two steps); e^t is a degree-5 polynomial with the
     coefficients of Dukhan and Ablavatski (arXiv 2001.04438); 2^n is added into the exponent bits. n is rounded with
@@ -56,10 +62,34 @@ def exp_clamped(x: Expr) -> Expr:
     clamped = T.bind(T.max(splat(_EXP_LOWEST, lanes), x))
     n = T.bind(T.nearbyint(clamped * splat(_LOG2E, lanes)))
     t = T.bind(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
-    p = _horner(t, [*_EXP, 1.0])
+    return _scale_by_power(_horner(t, [*_EXP, 1.0]), n)
+
+
+_EXP2 = [float.fromhex(c) for c in ("0x1.5f0896p-10", "0x1.3cbf6cp-7", "0x1.c6af6cp-5", "0x1.ebfa4ap-3", "0x1.62e430p-1")]
+
+
+def exp2_clamped(x: Expr) -> Expr:
+    """2^x for x <= 0, and 2^-126 = 1.2e-38 for everything below: relative error 2.6e-7.
+
+    The cheapest exponential, for softmax over scores that were scaled by log2(e) beforehand: x = n + t is exact. The
+    polynomial of degree 5 for 2^t on [-1/2, 1/2] is a Chebyshev fit of (2^t - 1)/t.
+    """
+    lanes = lanes_of(x)
+    clamped = T.bind(T.max(splat(-126.0, lanes), x))
+    n = T.bind(T.nearbyint(clamped))
+    return _scale_by_power(_horner(T.bind(clamped - n), [*_EXP2, 1.0]), n)
+
+
+def _scale_by_power(p: Expr, n: Expr) -> Expr:
+    """p 2^n for p in [0.7, 1.5] and whole n, by adding n to the exponent bits."""
+    lanes = lanes_of(p)
     kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
     bits = T.reinterpret(ints, p) + T.shift_left(T.cast(n, ints), splat(23, lanes, "int32"))
     return T.bind(T.reinterpret(kind, bits))
+
+
+LOG2E = _LOG2E
+"""What scores are scaled by for ``exp2_clamped``."""
 
 
 _ERF_LIMIT = 3.8890872965260113
@@ -82,24 +112,38 @@ _ERF = [
 ]
 
 
-def erf(x: Expr) -> Expr:
-    """erf(x), absolute error 3.3e-7; never beyond 1, so that 1 + erf(x) is 0 for large negative x.
-
-    erf(x)/x is even: a degree-14 Chebyshev fit in w = 2 x^2/L^2 - 1 on |x| <= L = 5.5/sqrt(2) (powers of w, because
-    powers of x^2 cancel badly in fp32); beyond L the value at L, which is 1 to 2.4e-7, and is cut off at 1.
-    """
+def _erf_unbounded(x: Expr) -> Expr:
+    """erf(x) to 3.3e-7, which beyond the limit is 1 to 2e-7: a degree-14 Chebyshev fit of erf(x)/x in
+    w = 2 x^2/L^2 - 1 on |x| <= L = 5.5/sqrt(2) (powers of w, because powers of x^2 cancel badly in fp32)."""
     lanes = lanes_of(x)
     limit = splat(_ERF_LIMIT, lanes)
     z = T.bind(T.max(-limit, T.min(limit, x)))
     w = T.bind(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
-    one = splat(1.0, lanes)
-    return T.bind(T.max(-one, T.min(one, _horner(w, _ERF) * z)))
+    return T.bind(_even_odd(w, _ERF) * z)
+
+
+def erf(x: Expr) -> Expr:
+    """erf(x), absolute error 3.3e-7."""
+    one = splat(1.0, lanes_of(x))
+    return T.bind(T.max(-one, T.min(one, _erf_unbounded(x))))
+
+
+_GELU_LIMIT = 5.5
+_GELU = [c * 0.5 * 0.5**0.5 for c in _ERF]
 
 
 def gelu(x: Expr) -> Expr:
-    """x/2 (1 + erf(x/sqrt 2)): the exact GELU."""
+    """x (1/2 + erf(x/sqrt 2)/2): the exact GELU, absolute error 1e-6; ``_erf_unbounded`` with 1/2 and 1/sqrt 2 folded in.
+
+    Bounding the second term makes the factor exactly 0 for very negative x and 1 for very positive x; at the limit the
+    polynomial exceeds 1/2 by an ulp, so it never falls short of the bound.
+    """
     lanes = lanes_of(x)
-    return T.bind(x * splat(0.5, lanes) * (splat(1.0, lanes) + erf(x * splat(0.7071067811865476, lanes))))
+    x = T.bind(x)
+    limit, half = splat(_GELU_LIMIT, lanes), splat(0.5, lanes)
+    z = T.bind(T.max(-limit, T.min(limit, x)))
+    w = T.bind(z * z * splat(2 / _GELU_LIMIT**2, lanes) - splat(1.0, lanes))
+    return T.bind(x * (half + T.max(-half, T.min(half, _even_odd(w, _GELU) * z))))
 
 
 _TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1]
