@@ -97,6 +97,10 @@ class Program:
         val = value.meta["val"] if isinstance(value, fx.Node) else value
         return tuple(self.size(s) for s in val.shape)
 
+    def upper_bound(self, size: int | sympy.Expr) -> int:
+        """The largest value of a size that grows with every dim."""
+        return evaluate(size, {name: dim.max for name, dim in self.dims.items()})
+
     def size(self, value: Any) -> int | sympy.Expr:
         """A size or symbolic int as an int, or as a sympy expression over dim names."""
         if isinstance(value, fx.Node):

@@ -26,9 +26,10 @@ from planish.backends.tvm.builder import (
     round_up,
     splat,
     transpose,
+    workspace,
 )
 from planish.backends.tvm.index import flat_index, unflatten_index
-from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
 from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
 from planish.backends.tvm.semantics import PUSH
 from planish.program import Program
@@ -92,27 +93,28 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     tile = attention_tile(module.target)
     depth, width = int(q.meta["val"].shape[-1]), int(value.meta["val"].shape[-1])
     keys = program.shape(key)[-2]
+    most = program.upper_bound(keys)
     panel = tile.vectors * module.target.lanes
     per_key = depth + tile.rows + 1 + -(-width // module.target.lanes) * module.target.lanes
-    scratch = Scratch(4 * TASKS * per_key * (keys + panel))
-    with kernel(module, program, region, [(scratch, "float32")]) as (k, out, (buffer,)):
+    with kernel(module, program, region) as (k, out, _):
         operands = [matrix(k, n) for n in (q, key, value)]
         result = result_matrix(k, attention, out)
         if result is None or any(m is None for m in operands):
             return None
         qm, km, vm = (m for m in operands if m is not None)
         shape = k.ev.shape(attention)
-        item = Item(k, attention, tile, buffer, qm, km, vm, result, depth, width, k.ev.shape(key)[-2], shape[-2])
         items: Expr = i32(1)
         for s in shape[:-2]:
             items = items * s
         items = T.bind(items)
-        padded = T.bind(round_up(item.keys, panel))
+        n_keys, n_queries = k.ev.shape(key)[-2], shape[-2]
+        padded = T.bind(round_up(n_keys, panel))
         with T.parallel(0, TASKS) as task:
-            base = T.bind(task * (padded * per_key))
+            buffer = workspace(per_key * (most + panel))
+            item = Item(k, attention, tile, buffer, qm, km, vm, result, depth, width, n_keys, n_queries)
             with T.serial(0, T.max(ceil_div(items - task, TASKS), 0)) as n:
                 index = unflatten_index(shape[:-2], T.bind(task + n * TASKS))
-                item.emit(tuple(T.bind(i + i32(0)) for i in index), base, padded)
+                item.emit(tuple(T.bind(i + i32(0)) for i in index), padded)
     queries = program.shape(q)[-2]
     total = sympy.prod(program.shape(attention)[:-2])
     flops = 2 * total * queries * keys * (depth + width)
@@ -145,14 +147,14 @@ class Item:
         """Keys per panel."""
         return self.tile.vectors * self.k.lanes
 
-    def emit(self, index: Index, base: Expr, padded: Expr) -> None:
+    def emit(self, index: Index, padded: Expr) -> None:
         """Statements for the item at the leading ``index``."""
         k_base, v_base = T.bind(self.key.base(index)), T.bind(self.value.base(index))
         q_base, o_base = T.bind(self.q.base(index)), T.bind(self.out.base(index))
-        scores = T.bind(base + padded * self.depth)
+        scores = T.bind(padded * self.depth)
         mask = T.bind(scores + padded * self.tile.rows)
         values = T.bind(mask + padded)
-        self.pack_keys(base, k_base, padded)
+        self.pack_keys(k_base, padded)
         self.pack_values(values, v_base)
         per_row = self.mask_depends_on_row()
         if not per_row:
@@ -163,7 +165,7 @@ class Item:
             rows = T.bind(T.min(left, self.tile.rows))
             with T.serial(0, T.floordiv(padded, self.panel)) as p:
                 a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
-                b = T.address_of(self.scratch[base + p * (self.depth * self.panel)])
+                b = T.address_of(self.scratch[p * (self.depth * self.panel)])
                 c = T.address_of(self.scratch[scores + p * self.panel])
                 operands = (a, b, c, self.q.stride, i32(self.panel), padded, i32(self.depth))
                 call_tile(self.k.module, self.tile, left, operands, vectors=self.tile.vectors)
@@ -180,7 +182,7 @@ class Item:
                     place = lanes_at(at + start, count)
                     T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
 
-    def pack_keys(self, base: Expr, k_base: Expr, padded: Expr) -> None:
+    def pack_keys(self, k_base: Expr, padded: Expr) -> None:
         """Keys as [panel of keys][depth][key], times scale and log2(e); beyond the last key it is repeated (and masked).
 
         With log2(e) in the scores the softmax can use powers of two.
@@ -193,7 +195,7 @@ class Item:
             return T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
 
         def place(j: Expr, d: Expr) -> Expr:
-            return base + T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel) + d * self.panel
+            return T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel) + d * self.panel
 
         with T.serial(0, T.floordiv(padded, lanes)) as block:
             first = T.bind(block * lanes)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import tvm
@@ -27,6 +27,7 @@ class Function:
     """A TIR function under construction: pointer parameters, then int32 scalars; the result is an int32."""
 
     func: tirx.PrimFunc | None = None
+    body: ExitStack = field(default_factory=ExitStack)
 
     def parameters(self, pointers: Sequence[str], scalars: int, *, align: int = 64) -> tuple[list[Any], list[Any]]:
         """Declare all parameters, once, at the start of the body.
@@ -38,6 +39,9 @@ class Function:
         """
         handles = [T.arg(f"p{i}", T.handle(dtype)) for i, dtype in enumerate(pointers)]
         numbers = [T.arg(f"n{i}", T.int32()) for i in range(scalars)]
+        # what TVM asks for before it allocates scratch memory: device 0 of kind 1, the CPU
+        self.body.enter_context(T.attr(i32(0), "device_id", i32(0)))
+        self.body.enter_context(T.attr(i32(0), "device_type", i32(1)))
         buffers = [
             T.decl_buffer((1 << 30,), dtype, data=handle, align=align)
             for dtype, handle in zip(pointers, handles, strict=True)
@@ -55,7 +59,8 @@ def function(symbol: str | None = None) -> Iterator[Function]:
             T.func_ret(tvm.ir.PrimType("int32"))
             attributes: dict[str, Any] = {"tirx.noalias": True}
             T.func_attr(attributes | ({"global_symbol": symbol} if symbol else {}))
-            yield building
+            with building.body:
+                yield building
             T.add_to_parent(tirx.Return(i32(0)))
     building.func = builder.get()
 
@@ -163,3 +168,11 @@ def transpose(rows: list[Expr], lanes: int) -> list[Expr]:
         rows = exchanged
         step //= 2
     return rows
+
+
+def workspace(elements: int) -> Any:
+    """Scratch memory of a parallel task, as a flat fp32 buffer of fixed size.
+
+    The launcher keeps it per thread, so the next task of the thread finds it in its cache.
+    """
+    return T.alloc_buffer((elements,), "float32")

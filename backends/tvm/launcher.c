@@ -199,15 +199,44 @@ EXPORT int planish_parallel_launch(Lambda lambda, void *cdata, int num_task) {
   return atomic_load(&job.rc);
 }
 
+/* Scratch memory of a task. A thread keeps its blocks and gives them to its next task, so that they stay in its cache; they are freed
+ * when the thread ends. Tasks nest at most a few allocations, which are freed in any order. */
+#define BLOCKS 8
+typedef struct { void *memory; uint64_t bytes; int used; } Block;
+static _Thread_local Block blocks[BLOCKS];
+static _Thread_local int blocks_watched = 0;
+static pthread_key_t blocks_key;
+
+static void free_blocks(void *unused) {
+  (void)unused;
+  for (int i = 0; i < BLOCKS; i++) free(blocks[i].memory), blocks[i] = (Block){0};
+}
+
+__attribute__((constructor)) static void make_blocks_key(void) { pthread_key_create(&blocks_key, free_blocks); }
+
 EXPORT void *planish_alloc_workspace(int device_type, int device_id, uint64_t bytes, int dtype_code, int dtype_bits) {
   (void)device_type, (void)device_id, (void)dtype_code, (void)dtype_bits;
-  void *memory = NULL;
-  return posix_memalign(&memory, CACHE_LINE, bytes) ? NULL : memory;
+  Block *best = NULL;
+  for (int i = 0; i < BLOCKS; i++) {
+    Block *b = &blocks[i];
+    if (!b->used && (!best || (b->bytes >= bytes && (best->bytes < bytes || b->bytes < best->bytes)))) best = b;
+  }
+  if (!best) return NULL;
+  if (best->bytes < bytes) {
+    free(best->memory);
+    *best = (Block){0};
+    if (posix_memalign(&best->memory, CACHE_LINE, bytes)) return best->memory = NULL;
+    best->bytes = bytes;
+    if (!blocks_watched) blocks_watched = !pthread_setspecific(blocks_key, blocks);
+  }
+  best->used = 1;
+  return best->memory;
 }
 
 EXPORT int planish_free_workspace(int device_type, int device_id, void *memory) {
   (void)device_type, (void)device_id;
-  free(memory);
+  for (int i = 0; i < BLOCKS; i++)
+    if (blocks[i].memory == memory) blocks[i].used = 0;
   return 0;
 }
 

@@ -41,9 +41,11 @@ def accumulate(k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Exp
     for at, count in for_vectors(size - blocks * step, lanes):
         into, where = (wide[0], whole) if count > 1 or lanes == 1 else (narrow, i32(0))
         T.buffer_store(into, combine(into[where], value(blocks * step + at, count)), [where])
-    vectors = [T.bind(register[whole]) for register in wide]
-    total = T.bind(combine(combine(vectors[0], vectors[1]), combine(vectors[2], vectors[3])))
-    return T.bind(combine(horizontal(total, lanes, combine), narrow[0]))
+    # Through memory: TVM inlines nested expressions into each other, which grows exponentially.
+    for distance in (WAYS // 2, WAYS // 4):
+        for into, other in zip(wide[:distance], wide[distance : 2 * distance], strict=True):
+            T.buffer_store(into, combine(into[whole], other[whole]), [whole])
+    return T.bind(combine(horizontal(T.bind(wide[0][whole]), lanes, combine), narrow[0]))
 
 
 def add(a: Expr, b: Expr) -> Expr:
