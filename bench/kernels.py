@@ -9,7 +9,7 @@ from planish.bench.result import KernelRow
 from planish.models.base import Batch
 
 
-def kernel_rows(compiled: Any, batches: Sequence[Batch], fma_gflops: float, repeats: int = 20) -> list[KernelRow]:  # noqa: ANN401  (anything with the compiled model's methods)
+def kernel_rows(compiled: Any, batches: Sequence[Batch], fma_gflops: float, repeats: int = 20) -> list[KernelRow]:
     """Table of kernels for each of the given inputs, slowest in total first.
 
     Args:

@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # noqa: ANN401  (a module attribute may be anything)
+def __getattr__(name: str) -> Any:
     """Load a public name or submodule on first use; raises AttributeError for any other name."""
     if name in _MODULES:
         return import_module(f"planish.{name}")

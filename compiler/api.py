@@ -97,7 +97,8 @@ class CompiledModel:
         if self._compiled is None:
             return f"CompiledModel(target={self.target.name!r}, compiled at the first call)"
         inputs = ", ".join(map(str, self._compiled.inputs))
-        return f"CompiledModel(target={self.target.name!r}, {inputs}, {len(self._compiled.executable.plan.calls)} kernel calls)"
+        calls = len(self._compiled.executable.plan.calls)
+        return f"CompiledModel(target={self.target.name!r}, {inputs}, {calls} kernel calls)"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return for these arguments.
@@ -168,9 +169,7 @@ class CompiledModel:
         """Capture, run the passes, lower; remember the result under ``key``."""
         program, signature = capture(model, inputs, self._dynamic)
         observer = Dump(Path(self._dump)) if self._dump is not None else None
-        program, steps = run_pipeline(
-            program, self._pipeline, self.target, check_values=self._verify, observe=observer
-        )
+        program, steps = run_pipeline(program, self._pipeline, self.target, check_values=self._verify, observe=observer)
         engine = backend(self.target.backend)
         _check_supported(engine.unsupported(program, self.target), self.target)
         executable = engine.compile(program, self.target)
@@ -200,7 +199,9 @@ class CompiledModel:
 
     def _ready(self) -> Compiled:
         if self._compiled is None:
-            raise InputError("the model is not compiled yet", why="it is captured at the first call", fix="call it once")
+            raise InputError(
+                "the model is not compiled yet", why="it is captured at the first call", fix="call it once"
+            )
         return self._compiled
 
 
@@ -258,7 +259,8 @@ def _in_range(compiled: Compiled, dims: dict[str, int]) -> dict[str, int]:
         if not dim.min <= size <= dim.max:
             raise DimError(
                 f"dim {name!r} is {size}, compiled for {dim.min}..{dim.max}",
-                fix=f"pass a size in the range, or compile with planish.Dim({name!r}, {min(dim.min, size)}, {max(dim.max, size)})",
+                fix="pass a size in the range, or compile with "
+                f"planish.Dim({name!r}, {min(dim.min, size)}, {max(dim.max, size)})",
             )
         sizes[name] = size
     return sizes

@@ -61,7 +61,9 @@ class Signature:
         for name, leaf, const in zip(self.names, named, self.leaves, strict=True):
             if const is None:
                 if not isinstance(leaf, torch.Tensor):
-                    raise InputError(f"input {name!r} must be a tensor, got {_describe(leaf)}", fix="pass a torch.Tensor")
+                    raise InputError(
+                        f"input {name!r} must be a tensor, got {_describe(leaf)}", fix="pass a torch.Tensor"
+                    )
                 tensors.append(leaf)
             elif isinstance(leaf, torch.Tensor) or leaf != const[0]:
                 raise InputError(
@@ -109,7 +111,9 @@ def bind(parameters: inspect.Signature | None, args: tuple[Any, ...], kwargs: Ma
 
 
 def capture(
-    model: torch.nn.Module | ExportedProgram, inputs: tuple[Any, ...] | Mapping[str, Any], dynamic: Dynamic | None = None
+    model: torch.nn.Module | ExportedProgram,
+    inputs: tuple[Any, ...] | Mapping[str, Any],
+    dynamic: Dynamic | None = None,
 ) -> tuple[Program, Signature]:
     """Export ``model`` for ``inputs`` (positional tuple or keyword dict) and clean the graph.
 
@@ -186,7 +190,9 @@ def check_model(model: Any) -> None:
         return
     if not isinstance(model, torch.nn.Module):
         raise InputError(
-            f"the model is {_describe(model)}", why="planish captures an nn.Module or an ExportedProgram", fix="pass one"
+            f"the model is {_describe(model)}",
+            why="planish captures an nn.Module or an ExportedProgram",
+            fix="pass one",
         )
     training = [n or type(model).__name__ for n, m in model.named_modules() if m.training]
     if training:
@@ -235,19 +241,25 @@ def _check_dynamic(names: Sequence[str], values: Sequence[Any], dynamic: Dynamic
     for name, axes in dynamic.items():
         if not isinstance(by_name.get(name), torch.Tensor):
             tensors = [n for n, v in by_name.items() if isinstance(v, torch.Tensor)]
-            raise DimError(f"dynamic names {name!r}, which is not a tensor input", fix=f"the inputs are: {', '.join(tensors)}")
+            raise DimError(
+                f"dynamic names {name!r}, which is not a tensor input", fix=f"the inputs are: {', '.join(tensors)}"
+            )
         shape = by_name[name].shape
         for axis, dim in axes.items():
             if not isinstance(dim, Dim):
                 raise DimError(
                     f"dynamic[{name!r}][{axis}] is {_describe(dim)}",
                     why="a dynamic dimension needs a name and a range",
-                    fix=f"write planish.Dim({dim!r}, 1, 256)" if isinstance(dim, str) else "write planish.Dim(name, min, max)",
+                    fix=f"write planish.Dim({dim!r}, 1, 256)"
+                    if isinstance(dim, str)
+                    else "write planish.Dim(name, min, max)",
                 )
             if not 0 <= axis < len(shape):
                 raise DimError(f"dynamic[{name!r}] names axis {axis}", why=f"the input has shape {list(shape)}")
             if not dim.min <= shape[axis] <= dim.max:
-                raise DimError(f"{name!r} has size {shape[axis]} on axis {axis}", why=f"its range is {dim.min}..{dim.max}")
+                raise DimError(
+                    f"{name!r} has size {shape[axis]} on axis {axis}", why=f"its range is {dim.min}..{dim.max}"
+                )
             known = found.setdefault(dim.name, (dim, shape[axis]))
             if known != (dim, shape[axis]):
                 raise DimError(
@@ -287,11 +299,15 @@ def _for_tracing(
 
 
 def _export(
-    module: torch.nn.Module, tensors: tuple[torch.Tensor, ...], names: Sequence[str], dims: Mapping[tuple[str, int], Dim]
+    module: torch.nn.Module,
+    tensors: tuple[torch.Tensor, ...],
+    names: Sequence[str],
+    dims: Mapping[tuple[str, int], Dim],
 ) -> ExportedProgram:
     symbols = {d.name: torch.export.Dim(d.name, min=d.min, max=d.max) for d in dims.values()}
     shapes = tuple(
-        {a: symbols[dims[n, a].name] for a in range(t.dim()) if (n, a) in dims} for n, t in zip(names, tensors, strict=True)
+        {a: symbols[dims[n, a].name] for a in range(t.dim()) if (n, a) in dims}
+        for n, t in zip(names, tensors, strict=True)
     )
     try:
         with torch.no_grad():
@@ -316,7 +332,9 @@ def _capture_exported(exported: ExportedProgram) -> tuple[Program, Signature]:
     bound = {f"arg{i}": a for i, a in enumerate(args)} | dict(kwargs)
     leaves, in_spec = pytree.tree_flatten(bound)
     if len(leaves) != len(names) or not all(isinstance(v, torch.Tensor) for v in leaves):
-        raise CaptureError("the exported program has inputs that are not tensors", fix="pass the nn.Module to compile()")
+        raise CaptureError(
+            "the exported program has inputs that are not tensors", fix="pass the nn.Module to compile()"
+        )
     program, slots = _to_program(exported, names, tuple(leaves), {}, prefix="")
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None

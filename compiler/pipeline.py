@@ -104,7 +104,8 @@ def check_order(passes: Sequence[Pass], facts: frozenset[str] = frozenset()) -> 
             lost = [f"{fact!r} was broken by {broken_by[fact]}" for fact in missing if fact in broken_by]
             raise PassOrderError(
                 f"pass {p.name!r} needs {', '.join(map(repr, missing))}, which does not hold at its place",
-                why="; ".join(lost) or f"no earlier pass makes it; it is made by: {', '.join(makers) or 'none in the list'}",
+                why="; ".join(lost)
+                or f"no earlier pass makes it; it is made by: {', '.join(makers) or 'none in the list'}",
                 fix="reorder the passes, or add the pass that makes the fact",
             )
         known = (known - p.breaks) | p.makes
@@ -196,7 +197,9 @@ class Guilty:
     tries: int
 
 
-def bisect(program: Program, passes: Sequence[Pass], target: Target, is_good: Callable[[Program], bool]) -> Guilty | None:
+def bisect(
+    program: Program, passes: Sequence[Pass], target: Target, is_good: Callable[[Program], bool]
+) -> Guilty | None:
     """The first pass after which ``is_good`` is false, by binary search over the pipeline's prefixes.
 
     Needs at most ``ceil(log2(len(passes))) + 1`` tries. Values are not checked on the way (``is_good`` decides), so

@@ -95,7 +95,9 @@ def place_by_size(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]
     offsets: dict[int, int] = {}
     for b in sorted(sizes, key=lambda b: (-sizes[b], spans[b], b)):
         first, last = spans[b]
-        busy = sorted((offsets[o], offsets[o] + sizes[o]) for o in placed if spans[o][0] <= last and first <= spans[o][1])
+        busy = sorted(
+            (offsets[o], offsets[o] + sizes[o]) for o in placed if spans[o][0] <= last and first <= spans[o][1]
+        )
         at = 0
         for low, high in busy:
             if at + sizes[b] <= low:
@@ -104,5 +106,3 @@ def place_by_size(sizes: Mapping[int, int], spans: Mapping[int, tuple[int, int]]
         offsets[b] = at
         placed.append(b)
     return offsets, max((offsets[b] + sizes[b] for b in placed), default=0)
-
-

@@ -118,7 +118,11 @@ def dim_symbol(name: str) -> sympy.Symbol:
 
 def evaluate(size: int | sympy.Expr, dims: Mapping[str, int]) -> int:
     """A size for given sizes of the dims."""
-    return size if isinstance(size, int) else int(size.xreplace({dim_symbol(n): sympy.Integer(v) for n, v in dims.items()}))
+    return (
+        size
+        if isinstance(size, int)
+        else int(size.xreplace({dim_symbol(n): sympy.Integer(v) for n, v in dims.items()}))
+    )
 
 
 def clone_module(module: fx.GraphModule) -> fx.GraphModule:

@@ -43,7 +43,10 @@ def fingerprint(
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     leaves, spec = pytree.tree_flatten(dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs))
-    described = [f"{v.dtype}{tuple(v.shape)}{v.requires_grad}{v.device}" if isinstance(v, torch.Tensor) else repr(v) for v in leaves]
+    described = [
+        f"{v.dtype}{tuple(v.shape)}{v.requires_grad}{v.device}" if isinstance(v, torch.Tensor) else repr(v)
+        for v in leaves
+    ]
     digest.update(f"{spec}{described}{target!r}{dynamic!r}{pipeline!r}{torch.is_grad_enabled()}".encode())
     return digest.digest()
 

@@ -68,7 +68,10 @@ def check_graph(program: Program, name: str) -> None:
         fail(f"{len(names)} placeholders for {len(program.inputs)} inputs")
     for node in nodes:
         if node.op == "call_function" and not _allowed(node):
-            fail(f"{node.name} calls {node.target}, which is neither a functional ATen/planish op nor integer maths", node)
+            fail(
+                f"{node.name} calls {node.target}, which is neither a functional ATen/planish op nor integer maths",
+                node,
+            )
         if node.op == "call_module" and not isinstance(getattr(program.module, str(node.target), None), fx.GraphModule):
             fail(f"{node.name} calls {node.target}, which is not a fused group", node)
         if node.op == "call_method":
@@ -107,7 +110,7 @@ def check_values(before: Program, after: Program, name: str, tol: float) -> floa
             worst = max(worst, error)
             if not error <= tol:
                 raise NumericError(
-                    f"pass {name!r} changed output {spec.name!r} by {error:.3g} (relative, fp64), its limit is {tol:.3g}",
+                    f"pass {name!r} changed output {spec.name!r} by {error:.3g} in fp64, its limit is {tol:.3g}",
                     where=f"inputs of shape {[list(t.shape) for t in inputs]}",
                     fix=f"this is a defect of pass {name!r}: leave it out with passes=[...] and report it",
                 )
@@ -163,7 +166,9 @@ def in_fp64(module: fx.GraphModule) -> fx.GraphModule:
 def _widen(module: fx.GraphModule) -> None:
     for name, tensor in list({**module._parameters, **module._buffers}.items()):
         if tensor.is_floating_point():
-            value = torch.nn.Parameter(tensor.detach().double(), False) if name in module._parameters else tensor.double()
+            value = (
+                torch.nn.Parameter(tensor.detach().double(), False) if name in module._parameters else tensor.double()
+            )
             setattr(module, name, value)
 
     def widen(arg: Any) -> Any:
@@ -179,4 +184,6 @@ def _widen(module: fx.GraphModule) -> None:
 
 def max_abs(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor]) -> float:
     """Largest absolute difference over pairs of tensors."""
-    return max((w.double() - g.double()).abs().max().item() if w.numel() else 0.0 for w, g in zip(want, got, strict=True))
+    return max(
+        (w.double() - g.double()).abs().max().item() if w.numel() else 0.0 for w, g in zip(want, got, strict=True)
+    )

@@ -24,7 +24,7 @@ class Data(Protocol):
 class Metric(Protocol):
     """How far a model's outputs are from the reference's."""
 
-    def output(self, result: Any) -> torch.Tensor:  # noqa: ANN401  (a model's output has the model's own class)
+    def output(self, result: Any) -> torch.Tensor:
         """The tensor that is judged, taken from what the model returned."""
         ...
 

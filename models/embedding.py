@@ -30,7 +30,7 @@ def embed(hidden: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 class EmbeddingMetric:
     """Judges an encoder by its embeddings and by its token states."""
 
-    def output(self, result: Any) -> torch.Tensor:  # noqa: ANN401  (a model's output has the model's own class)
+    def output(self, result: Any) -> torch.Tensor:
         """The token states [batch, seq, width] of a model output (an object or a dict) or of a tuple's first member."""
         if isinstance(result, dict):
             return cast("dict[str, torch.Tensor]", result)["last_hidden_state"]

@@ -299,5 +299,3 @@ def _hashable(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_hashable(v) for v in value)
     return value if isinstance(value, fx.Node) else (type(value), repr(value))
-
-

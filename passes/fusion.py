@@ -15,6 +15,9 @@ from planish.program import Program
 from planish.rules import aten, remove_dead
 from planish.targets import Target
 
+CHAIN_ROWS = 64
+"""Rows of a chain of linear layers that must fit the second-level cache, or the weights are reread too often."""
+
 
 @dataclass
 class Group:
@@ -45,10 +48,15 @@ class FuseGroups(Pass):
         fusion = _Fusion(program, Result())
         nodes = list(program.nodes())
         for node in nodes:
-            if _is_anchor(node):
-                fusion.around(node)
+            if _is_anchor(node) and node not in fusion.owned:
+                fusion.around(node, target)
         for node in reversed(nodes):
-            if node.op == "call_function" and fusion.is_needed(node) and node.target in INLINE and node not in fusion.owned:
+            if (
+                node.op == "call_function"
+                and fusion.is_needed(node)
+                and node.target in INLINE
+                and node not in fusion.owned
+            ):
                 fusion.chain(node)
         fusion.build()
         return fusion.outcome
@@ -75,13 +83,15 @@ class _Fusion:
     within: dict[fx.Node, list[Group]] = field(default_factory=dict[fx.Node, list[Group]])
     alone: set[fx.Node] = field(default_factory=set[fx.Node])
 
-    def around(self, anchor: fx.Node) -> None:
+    def around(self, anchor: fx.Node, target: Target) -> None:
         """The group of a costly op: what it reads through, then what follows it."""
         group = Group(anchor, anchor, {anchor})
         if anchor.target is LINEAR:
             self._read_through(group, anchor.args[:1])
             self._follow(group)
             self._follow_norm(group)
+            while (longer := self._next_layer(group, target)) is not None:
+                group = longer
         elif anchor.target is ATTENTION:
             self._read_through(group, [a for a in anchor.args[:4] if isinstance(a, fx.Node)])
             self._follow_views(group)
@@ -172,6 +182,31 @@ class _Fusion:
             group.nodes.add(user)
             group.result = user
 
+    def _next_layer(self, group: Group, target: Target) -> Group | None:
+        """The group with the linear layer that reads its rows, if nothing outside needs what lies between.
+
+        before: ``y = fused_linear_gelu(x); z = fused_linear_add(y, x)``
+        after:  ``z = fused_linear_gelu_add(x)``: a chunk of rows of ``y`` stays in the second-level cache
+        """
+        readers = [u for u in group.result.users if u.target is LINEAR and u.args[0] is group.result and _is_anchor(u)]
+        if len(readers) != 1 or readers[0] in self.owned:
+            return None
+        layer = readers[0]
+        longer = Group(group.anchor, layer, group.nodes | {layer})
+        self._follow(longer)
+        self._follow_norm(longer)
+        outside = [u for u in group.result.users if u not in longer.nodes]
+        if outside:
+            self._refuse(
+                layer, f"{group.result.name} is also read by {outside[0].name}, so it is stored between the layers"
+            )
+            return None
+        widths = [int(n.args[1].meta["val"].shape[0]) for n in longer.nodes if n.target is LINEAR]  # pyright: ignore
+        if 4 * CHAIN_ROWS * sum(widths) > target.l2_bytes:
+            self._refuse(layer, f"{CHAIN_ROWS} rows of {sum(widths)} values do not fit the second-level cache")
+            return None
+        return longer
+
     def _follow_views(self, group: Group) -> None:
         """Take views after attention that leave each head's columns together."""
         width = self.program.shape(group.anchor)[-1]
@@ -227,7 +262,9 @@ def _keeps_columns(program: Program, user: fx.Node, width: object) -> bool:
     if user.target is aten.permute.default:
         return user.args[1][-1] % len(shape) == len(shape) - 1  # pyright: ignore
     last = shape[-1] if shape else 0
-    return user.target is aten.reshape.default and isinstance(last, int) and isinstance(width, int) and last % width == 0
+    return (
+        user.target is aten.reshape.default and isinstance(last, int) and isinstance(width, int) and last % width == 0
+    )
 
 
 def _from(node: fx.Node) -> Iterable[fx.Node]:

@@ -28,6 +28,7 @@ from planish.backends.tvm.builder import (
     transpose,
     workspace,
 )
+from planish.backends.tvm.expr import Evaluator
 from planish.backends.tvm.index import flat_index, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
 from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
@@ -56,32 +57,32 @@ class Matrix:
         return at
 
 
-def matrix(k: Kernel, node: fx.Node) -> Matrix | None:
+def matrix(ev: Evaluator, node: fx.Node) -> Matrix | None:
     """The operand as a matrix per item, or None where its columns are not contiguous."""
-    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(k.ev.shape(node))))
-    found = k.ev.affine(node, over, over)
+    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(ev.shape(node))))
+    found = ev.affine(node, over, over)
     if found is None:
         return None
     source, (*lead, stride, column, offset) = found
-    return Matrix(k.ev.sources[source].buffer, tuple(lead), stride, offset) if equal(column, 1) else None
+    return Matrix(ev.sources[source].buffer, tuple(lead), stride, offset) if equal(column, 1) else None
 
 
-def result_matrix(k: Kernel, attention: fx.Node, out: Any) -> Matrix | None:
+def result_matrix(ev: Evaluator, region: Region, attention: fx.Node, out: Any) -> Matrix | None:
     """Where the attention's result lies in the region's result, seen through the views after it."""
-    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(k.ev.shape(attention))))
+    over = tuple(tirx.Var(f"i{axis}", "int32") for axis in range(len(ev.shape(attention))))
     index: Index = over
-    for node in k.region.nodes[k.region.nodes.index(attention) + 1 :]:
+    for node in region.nodes[region.nodes.index(attention) + 1 :]:
         if node.target in PUSH:
-            index = PUSH[node.target](k.ev, node, index)
-    found = list(tvm.sym.detect_linear_equation(flat_index(k.ev.shape(k.region.result), index), list(over)))
+            index = PUSH[node.target](ev, node, index)
+    found = list(tvm.sym.detect_linear_equation(flat_index(ev.shape(region.result), index), list(over)))
     if not found:
         return None
     *lead, stride, column, offset = found
     return Matrix(out, tuple(lead), stride, offset) if equal(column, 1) else None
 
 
-def lower_attention(module: Module, program: Program, region: Region, attention: fx.Node) -> Lowered | None:
-    """Kernel of a region around SDPA; None where an operand has no contiguous columns.
+def lower_attention(module: Module, program: Program, region: Region, attention: fx.Node) -> Lowered:
+    """Kernel of a region around attention whose operands and result have contiguous columns (``lower.py`` sees to it).
 
     before: ``reshape(transpose(softmax(q k^T scale + mask) v))``
     after:  for each (batch, head): transpose k once into panels (times scale) and copy v, which lie scattered among the
@@ -89,7 +90,9 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
             strip, strip times v by the GEMM tile straight into the result, divided by the sum
     """
     q, key, value = attention.args[:3]
-    assert isinstance(q, fx.Node) and isinstance(key, fx.Node) and isinstance(value, fx.Node)
+    assert isinstance(q, fx.Node)
+    assert isinstance(key, fx.Node)
+    assert isinstance(value, fx.Node)
     tile = attention_tile(module.target)
     depth, width = int(q.meta["val"].shape[-1]), int(value.meta["val"].shape[-1])
     keys = program.shape(key)[-2]
@@ -97,10 +100,9 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     panel = tile.vectors * module.target.lanes
     per_key = depth + tile.rows + 1 + -(-width // module.target.lanes) * module.target.lanes
     with kernel(module, program, region) as (k, out, _):
-        operands = [matrix(k, n) for n in (q, key, value)]
-        result = result_matrix(k, attention, out)
-        if result is None or any(m is None for m in operands):
-            return None
+        operands = [matrix(k.ev, n) for n in (q, key, value)]
+        result = result_matrix(k.ev, region, attention, out)
+        assert result is not None
         qm, km, vm = (m for m in operands if m is not None)
         shape = k.ev.shape(attention)
         items: Expr = i32(1)
@@ -183,7 +185,7 @@ class Item:
                     T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
 
     def pack_keys(self, k_base: Expr, padded: Expr) -> None:
-        """Keys as [panel of keys][depth][key], times scale and log2(e); beyond the last key it is repeated (and masked).
+        """Keys as [panel of keys][depth][key], times scale and log2(e); the last key is repeated up to a whole panel.
 
         With log2(e) in the scores the softmax can use powers of two.
         """

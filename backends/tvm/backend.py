@@ -47,7 +47,13 @@ _CACHE_ENTRIES = 16
 
 def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> list[tuple[bytes, str]]:
     """Object code and assembly; equal modules for equal targets are compiled once in a process."""
-    text = "\n".join([repr(module.target), *(f"{n}\n{f.script()}" for n, f in (module.functions | module.tiles).items()), main.script()])
+    text = "\n".join(
+        [
+            repr(module.target),
+            *(f"{n}\n{f.script()}" for n, f in (module.functions | module.tiles).items()),
+            main.script(),
+        ]
+    )
     key = hashlib.sha256(text.encode()).digest()
     with _cache_lock:
         if key in _cache:
@@ -59,5 +65,3 @@ def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> list[tuple[bytes, 
         while len(_cache) > _CACHE_ENTRIES:
             _cache.popitem(last=False)
     return code
-
-

@@ -53,15 +53,14 @@ class Function:
 def function(symbol: str | None = None) -> Iterator[Function]:
     """Build one function; ``symbol`` exports it under that C name, otherwise it is private to the module."""
     building = Function()
-    with IRBuilder() as builder:
-        with T.prim_func(is_private=symbol is None, s_tir=True):
-            T.func_name(symbol or "kernel")
-            T.func_ret(tvm.ir.PrimType("int32"))
-            attributes: dict[str, Any] = {"tirx.noalias": True}
-            T.func_attr(attributes | ({"global_symbol": symbol} if symbol else {}))
-            with building.body:
-                yield building
-            T.add_to_parent(tirx.Return(i32(0)))
+    with IRBuilder() as builder, T.prim_func(is_private=symbol is None, s_tir=True):
+        T.func_name(symbol or "kernel")
+        T.func_ret(tvm.ir.PrimType("int32"))
+        attributes: dict[str, Any] = {"tirx.noalias": True}
+        T.func_attr(attributes | ({"global_symbol": symbol} if symbol else {}))
+        with building.body:
+            yield building
+        T.add_to_parent(tirx.Return(i32(0)))
     building.func = builder.get()
 
 

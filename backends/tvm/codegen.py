@@ -49,7 +49,9 @@ def lowering_passes() -> tvm.transform.Pass:
     )
 
 
-def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[int, int], module: Module) -> tirx.PrimFunc:
+def build_main(
+    program: Program, plan: Plan, outputs: list[int], offsets: dict[int, int], module: Module
+) -> tirx.PrimFunc:
     """The model's function: kernel calls in order.
 
     ``planish_main(input*, ..., output*, ..., weights, arena, table, dim, ..., first, last)`` runs the calls with

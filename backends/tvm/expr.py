@@ -38,6 +38,14 @@ class Source:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The current row of a tensor that is being computed: a flat buffer and the position of the row's first element."""
+
+    buffer: Any
+    start: Expr
+
+
 @dataclass
 class Evaluator:
     """Values of the nodes of one region.
@@ -47,6 +55,7 @@ class Evaluator:
         dims: TIR variable of each dynamic dim.
         sources: nodes whose values are in memory.
         computed: nodes whose value at the current index is already known.
+        rows: nodes whose current row lies in memory of the kernel's own.
         status: one-element int32 buffer that is set to 1 when an index read from memory is out of range.
     """
 
@@ -55,6 +64,7 @@ class Evaluator:
     sources: dict[fx.Node, Source]
     status: Any = None
     computed: dict[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
+    rows: dict[fx.Node, Rows] = field(default_factory=dict[fx.Node, Rows])
     flat: bool = False
 
     def size(self, value: Any) -> Expr:
@@ -77,6 +87,8 @@ class Evaluator:
             return node
         if node in self.computed:
             return self.computed[node]
+        if node in self.rows:
+            return T.bind(self.rows[node].buffer[simplify(self.rows[node].start + index[-1])])
         if not isinstance(node.meta["val"], torch.Tensor):
             return self.size(node)
         if node in self.sources:
@@ -115,7 +127,9 @@ class Evaluator:
         value = T.bind(source.buffer[where])
         return tirx.NE(value, splat(0, lanes_of(value), "uint8")) if source.dtype is torch.bool else value
 
-    def affine(self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]) -> tuple[fx.Node, list[Expr]] | None:
+    def affine(
+        self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]
+    ) -> tuple[fx.Node, list[Expr]] | None:
         """Address of ``node`` at ``index`` as source, coefficients of the variables ``over``, and offset, in elements.
 
         Returns None where the address is not linear or the node is not a view of a source.

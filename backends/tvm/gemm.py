@@ -1,23 +1,79 @@
-"""Linear layers: packed weights, register tiles, and everything elementwise (and a layer norm) done on the tile."""
+"""Linear layers: packed weights, register tiles, and everything elementwise (and layer norms) done on the way.
+
+A region may hold a chain of linear layers, each reading the rows that the one before has just computed (a feed-forward
+block). A chunk of rows then passes through all of them while it is in the second-level cache.
+"""
 
 from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
 
 import sympy
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import TASKS, Expr, as_int, ceil_div, equal, i32, lanes_at, round_up
-from planish.backends.tvm.expr import Evaluator
+from planish.backends.tvm.builder import (
+    TASKS,
+    Expr,
+    as_int,
+    ceil_div,
+    equal,
+    i32,
+    lanes_at,
+    round_up,
+    workspace,
+)
+from planish.backends.tvm.expr import Evaluator, Rows
 from planish.backends.tvm.index import unflatten_index
-from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, kernel, rows_in_parallel
-from planish.backends.tvm.microkernel import call_tile, gemm_tile
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
+from planish.backends.tvm.microkernel import Tile, call_tile, gemm_tile
 from planish.backends.tvm.rowwise import normalise_row
+from planish.ops import LAYER_NORM, LINEAR
 from planish.program import Program
-from planish.rules import aten
 
 CHUNK_TILES = 4
 """Fewest row tiles in a chunk: the weights stream from the cache once per chunk, so a chunk must reuse them."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One linear layer of a region: its op, the last elementwise op on its tiles, and the norm of its rows, if any."""
+
+    linear: fx.Node
+    stored: fx.Node
+    norm: fx.Node | None
+
+    @property
+    def result(self) -> fx.Node:
+        """The value that the stage leaves behind."""
+        return self.norm or self.stored
+
+    @property
+    def columns(self) -> int:
+        """Output features."""
+        return int(self.linear.args[1].meta["val"].shape[0])  # pyright: ignore
+
+    @property
+    def depth(self) -> int:
+        """Input features."""
+        return int(self.linear.args[1].meta["val"].shape[1])  # pyright: ignore
+
+
+def stages_of(region: Region) -> list[Stage]:
+    """The region's linear layers in order; a stage ends where the next one's input, or the region's result, is."""
+    linears = [n for n in region.nodes if n.target is LINEAR]
+    ends = [n.args[0] for n in linears[1:]] + [region.result]
+    stages: list[Stage] = []
+    for linear, end in zip(linears, ends, strict=True):
+        assert isinstance(end, fx.Node)
+        norm = end if end.target is LAYER_NORM else None
+        stored = norm.args[0] if norm is not None else end
+        assert isinstance(stored, fx.Node)
+        stages.append(Stage(linear, stored, norm))
+    return stages
 
 
 def product(sizes: tuple[Expr, ...]) -> Expr:
@@ -42,129 +98,205 @@ def row_stride(ev: Evaluator, node: fx.Node, depth: int) -> tuple[fx.Node, Expr,
     if not equal(strides[-1], 1) and depth != 1:
         return None
     lead = [(s, n) for s, n in zip(strides[:-1], shape[:-1], strict=True) if as_int(n) != 1]
-    for (outer, _), (inner, size) in zip(lead, lead[1:], strict=False):
+    for (outer, _), (inner, size) in itertools.pairwise(lead):
         if not equal(outer, inner * size):
             return None
     return source, (lead[-1][0] if lead else i32(depth)), offset
 
 
-def lower_linear(module: Module, program: Program, region: Region, linear: fx.Node) -> Lowered:
-    """Kernel of a region around a linear layer.
+def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
+    """Kernel of a region around one or more linear layers.
 
-    before: ``layer_norm(gelu(linear(x, w, b)) + r)``
-    after:  for each chunk of rows, for each block of columns, for each tile of rows: multiply, then bias, GELU and
-            residual on the tile while it is in the first-level cache; then the norm of the chunk's rows.
+    before: ``layer_norm(linear(gelu(linear(x, w, b)), v, c) + x)``
+    after:  for each chunk of rows: for each layer: for each block of columns, for each tile of rows: multiply, then
+            bias, GELU and residual on the tile while it is in the first-level cache; then the norm of the chunk's rows
 
     With few rows the column blocks are the parallel loop instead, and the norm a loop of its own.
     """
-    x, weight = linear.args[:2]
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
-    columns, depth = (int(s) for s in weight.meta["val"].shape)
-    tile = gemm_tile(module.target)
-    width = tile.vectors * module.target.lanes
-    norm = region.find({aten.layer_norm.default})
-    packed = Packed(weight, "columns", width)
-    with kernel(module, program, region, [(packed, "float32")], skip=(weight,)) as (k, out, (panels,)):
-        access = row_stride(k.ev, x, depth)
+    stages = stages_of(region)
+    weights = tuple(s.linear.args[1] for s in stages)
+    width = gemm_tile(module.target).vectors * module.target.lanes
+    packed = [(Packed(w, "columns", width), "float32") for w in weights]  # pyright: ignore
+    between = sum(s.columns for s in stages[:-1])
+    few = TASKS * CHUNK_TILES * gemm_tile(module.target).rows
+    scratch = [(Scratch(4 * few * between), "float32")] if between else []
+    with kernel(module, program, region, packed + scratch, skip=weights) as (k, out, extras):  # pyright: ignore
+        rows = T.bind(product(k.ev.shape(stages[0].linear)[:-1]) + i32(0))
+        chain = Chain(k, stages, extras[: len(stages)], out)
+        with T.If(rows >= few):
+            with T.Then():
+                most = chain.rows_per_chunk()
+                chunk = T.bind(T.min(round_up(ceil_div(rows, TASKS), chain.tile.rows), most))
+                with T.parallel(0, ceil_div(rows, chunk)) as c:
+                    memory = workspace(most * between) if between else None
+                    first = T.bind(c * chunk)
+                    chain.emit(first, T.bind(T.min(chunk, rows - first)), memory, first, parallel=False)
+            with T.Else():
+                chain.emit(i32(0), rows, extras[-1] if between else None, i32(0), parallel=True)
+    m = sympy.prod(program.shape(stages[0].linear)[:-1])
+    shape = [int(m) if m.is_number else m]
+    for s in stages:
+        shape += [s.columns, s.depth]
+    flops = sum(2 * m * s.columns * s.depth for s in stages)
+    assert k.function.func is not None
+    return Lowered("gemm", k.function.func, k.operands, "gemm", tuple(shape), flops)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows in memory: element ``(row, column)`` of a stage is at ``base + (row - first) * stride + column``."""
+
+    buffer: Any
+    base: Expr
+    first: Expr
+    stride: Expr
+
+    def row(self, row: Expr) -> Expr:
+        """Position of the row's first element."""
+        return self.base + (row - self.first) * self.stride
+
+
+@dataclass
+class Chain:
+    """Code for the stages of a region."""
+
+    k: Kernel
+    stages: list[Stage]
+    panels: list[Any]
+    out: Any
+
+    @property
+    def tile(self) -> Tile:
+        """Register block."""
+        return gemm_tile(self.k.module.target)
+
+    def rows_per_chunk(self) -> int:
+        """Most rows of a chunk: what is read and kept for it fills at most half of the second-level cache."""
+        per_row = 4 * (self.stages[0].depth + sum(s.columns for s in self.stages[:-1]))
+        fitting = self.k.module.target.l2_bytes // 2 // per_row
+        return max(CHUNK_TILES, fitting // self.tile.rows) * self.tile.rows
+
+    def emit(self, first: Expr, count: Expr, memory: Any, origin: Expr, *, parallel: bool) -> None:
+        """All stages for rows ``first .. first+count``.
+
+        Args:
+            memory: holds the results of all stages but the last, one after the other.
+            origin: the row that lies at the start of each of them.
+            parallel: make the column blocks parallel loops.
+        """
+        results: dict[fx.Node, Matrix] = {}
+        base: Expr = i32(0)
+        most = TASKS * CHUNK_TILES * self.tile.rows if parallel else self.rows_per_chunk()
+        for index, stage in enumerate(self.stages):
+            if stage is self.stages[-1]:
+                place = Matrix(self.out, i32(0), i32(0), i32(stage.columns))
+            else:
+                place = Matrix(memory, base, origin, i32(stage.columns))
+                base = base + i32(most * stage.columns)
+            StageCode(self, stage, self.panels[index], self._source(stage, results), place, results).emit(
+                first, count, parallel=parallel
+            )
+            results[stage.result] = place
+
+    def _source(self, stage: Stage, results: dict[fx.Node, Matrix]) -> Matrix:
+        x = stage.linear.args[0]
+        assert isinstance(x, fx.Node)
+        if x in results:
+            return results[x]
+        access = row_stride(self.k.ev, x, stage.depth)
         assert access is not None, "lower() has made the operand a matrix"
         source, stride, offset = access
-        a, lead = k.ev.sources[source].buffer, k.ev.shape(linear)[:-1]
-        rows = T.bind(product(lead) + i32(0))
-        stored = norm.args[0] if norm is not None else region.result
-        assert isinstance(stored, fx.Node)
-
-        def block(first: Expr, count: Expr, column: Expr, vectors: int, tail: int) -> None:
-            """Rows ``first .. first+count`` of the column block that starts at ``column``."""
-            span = vectors * module.target.lanes
-            with T.serial(0, ceil_div(count, tile.rows)) as t:
-                row = T.bind(first + t * tile.rows)
-                left = T.bind(count - t * tile.rows)
-                begin = T.address_of(a[row * stride + offset])
-                panel = T.address_of(panels[column * depth])
-                target = T.address_of(out[row * columns + column])
-                operands = (begin, panel, target, stride, i32(span), i32(columns), i32(depth))
-                call_tile(module, tile, left, operands, vectors=vectors, tail_lanes=tail)
-                if stored is not linear or linear.args[2:3] not in ((), (None,)):
-                    with T.serial(0, T.min(left, tile.rows)) as i:
-                        epilogue(k, linear, stored, out, T.bind(row + i), column, span, tail, lead)
-
-        whole, rest = divmod(columns, width)
-        vectors = -(-rest // module.target.lanes)
-        blocks = whole + bool(rest)
-
-        def column_block(first: Expr, count: Expr, index: Expr) -> None:
-            if not rest:
-                block(first, count, index * width, tile.vectors, 0)
-                return
-            if not whole:
-                block(first, count, i32(0), vectors, columns % module.target.lanes)
-                return
-            with T.If(index < whole):
-                with T.Then():
-                    block(first, count, index * width, tile.vectors, 0)
-                with T.Else():
-                    block(first, count, i32(whole * width), vectors, columns % module.target.lanes)
-
-        def norm_row(row: Expr) -> None:
-            assert norm is not None
-            k.ev.computed.clear()
-            index = unflatten_index(lead, row) if lead else ()
-            normalise_row(k, norm, out, row * columns, columns, index)
-
-        with T.If(rows >= TASKS * CHUNK_TILES * tile.rows):
-            with T.Then():
-                most = max(1, module.target.l2_bytes // 2 // (4 * depth) // tile.rows) * tile.rows
-                chunk = T.bind(T.min(round_up(ceil_div(rows, TASKS), tile.rows), most))
-                with T.parallel(0, ceil_div(rows, chunk)) as c:
-                    first = T.bind(c * chunk)
-                    count = T.bind(T.min(chunk, rows - first))
-                    with T.serial(0, blocks) as n:
-                        column_block(first, count, n)
-                    if norm is not None:
-                        with T.serial(0, count) as i:
-                            norm_row(T.bind(first + i))
-            with T.Else():
-                with T.parallel(0, blocks) as n:
-                    column_block(i32(0), rows, n)
-                if norm is not None:
-                    with rows_in_parallel(rows) as row:
-                        norm_row(row)
-    m = sympy.prod(program.shape(linear)[:-1])
-    flops = 2 * m * columns * depth
-    shape = (int(m) if m.is_number else m, columns, depth)
-    assert k.function.func is not None
-    return Lowered("gemm", k.function.func, k.operands, "gemm", shape, flops)
+        return Matrix(self.k.ev.sources[source].buffer, offset, i32(0), stride)
 
 
-def epilogue(
-    k: Kernel,
-    linear: fx.Node,
-    stored: fx.Node,
-    out: tirx.Buffer,
-    row: Expr,
-    column: Expr,
-    span: int,
-    tail: int,
-    lead: tuple[Expr, ...],
-) -> None:
-    """Bias and elementwise chain on one row of a tile, in place; ``stored`` is the node whose value is kept."""
-    lanes = k.lanes
-    index = unflatten_index(lead, row) if lead else ()
-    columns = k.ev.shape(linear)[-1]
+@dataclass(frozen=True)
+class StageCode:
+    """Code for one stage. ``earlier`` are the results of the stages before, which residuals may read."""
 
-    def element(at: Expr, count: int) -> None:
-        place = lanes_at(row * columns + at, count)
-        value = out[place]
-        bias = linear.args[2] if len(linear.args) > 2 else None
-        last = lanes_at(at, count)
-        if isinstance(bias, fx.Node):
-            value = value + k.ev.at(bias, (last,))
-        k.ev.computed = {linear: T.bind(value)}
-        T.buffer_store(out, k.ev.at(stored, (*index, last)), [place])
+    chain: Chain
+    stage: Stage
+    panels: Any
+    source: Matrix
+    place: Matrix
+    earlier: dict[fx.Node, Matrix]
 
-    for v in range(span // lanes - bool(tail)):
-        element(column + v * lanes, lanes)
-    if tail:
-        with T.serial(0, tail) as j:
-            element(column + (span - lanes) + j, 1)
-    k.ev.computed = {}
+    def emit(self, first: Expr, count: Expr, *, parallel: bool) -> None:
+        """The blocks of columns, then the norm."""
+        tile, lanes = self.chain.tile, self.chain.k.lanes
+        width = tile.vectors * lanes
+        whole, rest = divmod(self.stage.columns, width)
+        with (T.parallel if parallel else T.serial)(0, whole + bool(rest)) as n:
+            if whole and rest:
+                with T.If(n < whole):
+                    with T.Then():
+                        self._block(first, count, n * width, tile.vectors, 0)
+                    with T.Else():
+                        self._block(first, count, i32(whole * width), -(-rest // lanes), self.stage.columns % lanes)
+            elif whole:
+                self._block(first, count, n * width, tile.vectors, 0)
+            else:
+                self._block(first, count, i32(0), -(-rest // lanes), self.stage.columns % lanes)
+        if self.stage.norm is not None:
+            if parallel:
+                with rows_in_parallel(count) as row:
+                    self._norm(row)
+            else:
+                with T.serial(0, count) as i:
+                    self._norm(T.bind(first + i))
+
+    def _block(self, first: Expr, count: Expr, column: Expr, vectors: int, tail: int) -> None:
+        """Rows ``first .. first+count`` of ``vectors`` vectors of columns; ``tail`` lanes of the last, 0 for all."""
+        tile, depth = self.chain.tile, self.stage.depth
+        span = vectors * self.chain.k.lanes
+        bare = self.stage.stored is self.stage.linear and self._bias() is None
+        with T.serial(0, ceil_div(count, tile.rows)) as t:
+            row = T.bind(first + t * tile.rows)
+            left = T.bind(count - t * tile.rows)
+            begin = T.address_of(self.source.buffer[self.source.row(row)])
+            panel = T.address_of(self.panels[column * depth])
+            target = T.address_of(self.place.buffer[self.place.row(row) + column])
+            operands = (begin, panel, target, self.source.stride, i32(span), self.place.stride, i32(depth))
+            call_tile(self.chain.k.module, tile, left, operands, vectors=vectors, tail_lanes=tail)
+            if not bare:
+                with T.serial(0, T.min(left, tile.rows)) as i:
+                    self._epilogue(T.bind(row + i), column, span, tail)
+
+    def _bias(self) -> fx.Node | None:
+        bias = self.stage.linear.args[2] if len(self.stage.linear.args) > 2 else None
+        return bias if isinstance(bias, fx.Node) else None
+
+    def _epilogue(self, row: Expr, column: Expr, span: int, tail: int) -> None:
+        """Bias and elementwise chain on one row of a tile, in place."""
+        ev, lanes = self.chain.k.ev, self.chain.k.lanes
+        index = self._enter_row(row)
+        start = T.bind(self.place.row(row) + column)
+
+        def element(at: Expr, count: int) -> None:
+            place, last = lanes_at(start + at, count), lanes_at(column + at, count)
+            value = self.place.buffer[place]
+            bias = self._bias()
+            if bias is not None:
+                value = value + ev.at(bias, (last,))
+            ev.computed = {self.stage.linear: T.bind(value)}
+            T.buffer_store(self.place.buffer, ev.at(self.stage.stored, (*index, last)), [place])
+
+        for v in range(span // lanes - bool(tail)):
+            element(v * lanes, lanes)
+        if tail:
+            with T.serial(0, tail) as j:
+                element(span - lanes + j, 1)
+        ev.computed = {}
+        ev.rows = {}
+
+    def _norm(self, row: Expr) -> None:
+        assert self.stage.norm is not None
+        index = self._enter_row(row)
+        norm, start = self.stage.norm, T.bind(self.place.row(row))
+        normalise_row(self.chain.k, norm, self.place.buffer, start, self.stage.columns, index, after=norm)
+        self.chain.k.ev.rows = {}
+
+    def _enter_row(self, row: Expr) -> tuple[Expr, ...]:
+        """Make the earlier stages' rows readable; returns the row's index along the leading axes."""
+        lead = self.chain.k.ev.shape(self.stage.linear)[:-1]
+        self.chain.k.ev.rows = {n: Rows(m.buffer, T.bind(m.row(row))) for n, m in self.earlier.items()}
+        return unflatten_index(lead, row) if lead else ()

@@ -161,5 +161,3 @@ def rows_in_parallel(rows: Expr, tasks: int = 64) -> Iterator[Expr]:
         first = T.bind(c * chunk)
         with T.serial(0, T.min(chunk, rows - first)) as r:
             yield T.bind(first + r)
-
-

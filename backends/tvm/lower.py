@@ -5,29 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
 from planish.backends.base import Unsupported
-from planish.backends.tvm.attention import lower_attention
+from planish.backends.tvm.attention import lower_attention, matrix, result_matrix
+from planish.backends.tvm.builder import Function, function
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
-from planish.backends.tvm.index import DTYPES, storage_dtype, translatable
-from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, Status
+from planish.backends.tvm.index import DTYPES, translatable
+from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.rowwise import REDUCTIONS, ROWS, lower_reduction, lower_rows, norm_reason, reduction_reason
 from planish.backends.tvm.semantics import ELEMENTWISE, FLOAT_ONLY, GATHERS, GENERATORS, VIEWS, index_reason
+from planish.ops import ATTENTION, LAYER_NORM, LINEAR
 from planish.plan import Buffer, Call, Plan
 from planish.program import Program, source_line
 from planish.rules import argument, aten
 from planish.targets import Target
 
-assert Kernel is not None
-
 ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 """Views of a contiguous tensor that keep the order of its elements: another shape of the same buffer."""
-
-LINEAR, SDPA = aten.linear.default, aten.scaled_dot_product_attention.default
 
 
 def unsupported(program: Program, target: Target) -> list[Unsupported]:
@@ -52,6 +51,9 @@ def _reason(program: Program, node: fx.Node) -> str | None:
         return f"the dtype {value.dtype} has no kernels yet"
     if not all(translatable(s) for s in program.shape(value)):
         return "its shape has no integer form"
+    elements = program.upper_bound(sympy.prod(program.shape(value)))
+    if elements >= 1 << 31:
+        return f"it may have {elements:,} elements, and kernels index with 32 bits: lower the dims' upper bounds"
     if node.op != "call_function":
         return None
     return _op_reason(node)
@@ -66,7 +68,7 @@ def _op_reason(node: fx.Node) -> str | None:
         return index_reason(node)
     if target in VIEWS or target in GENERATORS or target in GATHERS:
         return None
-    checks = {LINEAR: _linear_reason, SDPA: _attention_reason, aten.layer_norm.default: norm_reason}
+    checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, LAYER_NORM: norm_reason}
     if target in checks:
         return checks[target](node)
     if target in ROWS or target in REDUCTIONS:
@@ -169,43 +171,58 @@ class Lowering:
 
     def _lower_region(self, region: Region, outer: dict[fx.Node, fx.Node], node: fx.Node, direct: set[fx.Node]) -> None:
         region, outer = self._with_matrix_operands(region, outer)
+        attention = region.find({ATTENTION})
+        if attention is not None and not self._is_result_matrix(region, attention):
+            region, outer = self._computed_before(region, outer, attention)
         lowered = self._choose(region)
         index = self.buffer(node, "output" if node in direct else "arena")
         self._emit(region, lowered, outer, index)
         self.place[node] = index
 
-    def _with_matrix_operands(self, region: Region, outer: dict[fx.Node, fx.Node]) -> tuple[Region, dict[fx.Node, fx.Node]]:
+    def _with_matrix_operands(
+        self, region: Region, outer: dict[fx.Node, fx.Node]
+    ) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
-        anchor = region.find({LINEAR, SDPA})
+        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION)), None)
         if anchor is None:
             return region, outer
         count = 1 if anchor.target is LINEAR else 3
         for operand in dict.fromkeys(anchor.args[:count]):
             assert isinstance(operand, fx.Node)
             if operand not in region.inputs and not self._is_matrix(region, operand, anchor):
-                before = region.nodes[: region.nodes.index(operand) + 1]
-                index = self.buffer(operand, "arena")
-                part = Region(f"{region.name}_{operand.name}", _needed(before), region.inputs)
-                part = replace(part, inputs=_used_inputs(part))
-                self._emit(part, self._choose(part), outer, index)
-                self.place[operand] = index
-                outer = {**outer, operand: operand}
-                rest = _without(region, operand)
-                region = replace(rest, inputs=(*_used_inputs(rest), operand))
+                region, outer = self._computed_before(region, outer, operand)
         return region, outer
 
-    def _is_matrix(self, region: Region, operand: fx.Node, anchor: fx.Node) -> bool:
-        from planish.backends.tvm.builder import function
+    def _computed_before(
+        self, region: Region, outer: dict[fx.Node, fx.Node], node: fx.Node
+    ) -> tuple[Region, dict[fx.Node, fx.Node]]:
+        """Compute an inner node by a kernel of its own; returns the region that reads its value from memory."""
+        before = region.nodes[: region.nodes.index(node) + 1]
+        part = Region(f"{region.name}_{node.name}", _needed(before), region.inputs)
+        part = replace(part, inputs=_used_inputs(part))
+        index = self.buffer(node, "arena")
+        self._emit(part, self._choose(part), outer, index)
+        self.place[node] = index
+        rest = _without(region, node)
+        return replace(rest, inputs=(*_used_inputs(rest), node)), {**outer, node: node}
 
+    def _is_matrix(self, region: Region, operand: fx.Node, anchor: fx.Node) -> bool:
         with function() as f:
-            _, scalars = f.parameters([], len(self.program.dims))
-            dims = dict(zip(self.program.dims, scalars, strict=True))
-            ev = Evaluator(self.program, dims, {})
-            ev.sources = {n: Source(None, ev.shape(n), n.meta["val"].dtype) for n in region.inputs}
-            depth = int(operand.meta["val"].shape[-1])
+            ev = self._evaluator(f, region)
             if anchor.target is LINEAR:
-                return row_stride(ev, operand, depth) is not None
-            return ev.affine(operand, *(2 * (_variables(len(ev.shape(operand))),))) is not None
+                return row_stride(ev, operand, int(operand.meta["val"].shape[-1])) is not None
+            return matrix(ev, operand) is not None
+
+    def _is_result_matrix(self, region: Region, attention: fx.Node) -> bool:
+        with function() as f:
+            return result_matrix(self._evaluator(f, region), region, attention, None) is not None
+
+    def _evaluator(self, f: Function, region: Region) -> Evaluator:
+        """An evaluator for questions about addresses; it generates no code that is kept."""
+        _, scalars = f.parameters([], len(self.program.dims))
+        ev = Evaluator(self.program, dict(zip(self.program.dims, scalars, strict=True)), {})
+        ev.sources = {n: Source(None, ev.shape(n), n.meta["val"].dtype) for n in region.inputs}
+        return ev
 
     def _choose(self, region: Region) -> Lowered:
         """The kernel of a region: by the op it is built around, elementwise if there is none."""
@@ -218,12 +235,10 @@ class Lowering:
 
     def _template(self, region: Region, lanes: int) -> Lowered:
         module, program = self.module, self.program
-        if anchor := region.find({LINEAR}):
-            return lower_linear(module, program, region, anchor)
-        if anchor := region.find({SDPA}):
-            lowered = lower_attention(module, program, region, anchor)
-            assert lowered is not None, "operands are matrices"
-            return lowered
+        if region.find({LINEAR}):
+            return lower_linear(module, program, region)
+        if anchor := region.find({ATTENTION}):
+            return lower_attention(module, program, region, anchor)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
@@ -265,12 +280,6 @@ STATUS = -1
 """Operand index of the status word."""
 
 
-def _variables(count: int) -> tuple[Any, ...]:
-    from tvm import tirx
-
-    return tuple(tirx.Var(f"i{axis}", "int32") for axis in range(count))
-
-
 def _needed(nodes: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
     """The nodes that the last one depends on, in order."""
     keep: set[fx.Node] = {nodes[-1]}
@@ -292,6 +301,3 @@ def _without(region: Region, operand: fx.Node) -> Region:
 def _used_inputs(region: Region) -> tuple[fx.Node, ...]:
     used = {i for n in region.nodes for i in n.all_input_nodes}
     return tuple(n for n in region.inputs if n in used)
-
-
-assert storage_dtype is not None

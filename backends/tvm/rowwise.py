@@ -24,9 +24,14 @@ WAYS = 4
 """Independent accumulators of a reduction: as many as hide the latency of an addition."""
 
 
-def accumulate(k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Expr], Expr], value: Any, lanes: int) -> Expr:
-    """Combine ``value(start, lanes)`` over ``0..size`` in a fixed order: ``WAYS`` vectors side by side, the vectors that
-    are left, then single elements; at the end the accumulators and their lanes pairwise."""
+def accumulate(
+    k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Expr], Expr], value: Any, lanes: int
+) -> Expr:
+    """Combine ``value(start, lanes)`` over ``0..size`` in a fixed order.
+
+    ``WAYS`` vectors side by side, the vectors that are left, then single elements; at the end the accumulators and
+    their lanes pairwise.
+    """
     wide = [T.alloc_buffer((lanes,), "float32") for _ in range(WAYS)]
     narrow = T.alloc_buffer((1,), "float32")
     whole = lanes_at(i32(0), lanes)
@@ -58,8 +63,17 @@ def maximum(a: Expr, b: Expr) -> Expr:
     return tirx.Select(T.isnan(a), a, T.max(a, b))
 
 
-def normalise_row(k: Kernel, norm: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int = 0) -> None:
-    """Layer-normalise the row at ``out[base : base+size]`` in place, then apply the region's ops after the norm.
+def normalise_row(
+    k: Kernel,
+    norm: fx.Node,
+    out: tirx.Buffer,
+    base: Expr,
+    size: Expr,
+    index: Index,
+    lanes: int = 0,
+    after: fx.Node | None = None,
+) -> None:
+    """Layer-normalise the row at ``out[base : base+size]`` in place; stores ``after``, an op on the norm's value.
 
     Two passes for the statistics (mean, then the mean square of the differences), as accurate as PyTorch's.
     """
@@ -85,14 +99,23 @@ def normalise_row(k: Kernel, norm: fx.Node, out: tirx.Buffer, base: Expr, size: 
             value = value * k.ev.at(weight, (last,))
         if bias is not None:
             value = value + k.ev.at(bias, (last,))
-        store(k, norm, T.bind(value), out, base + start, (*index, last), count)
+        store(k, norm, T.bind(value), out, base + start, (*index, last), count, after)
 
 
-def store(k: Kernel, anchor: fx.Node, value: Expr, out: tirx.Buffer, at: Expr, index: Index, lanes: int) -> None:
-    """Store the region's result at ``index``, the anchor's value there being ``value``."""
+def store(
+    k: Kernel,
+    anchor: fx.Node,
+    value: Expr,
+    out: tirx.Buffer,
+    at: Expr,
+    index: Index,
+    lanes: int,
+    after: fx.Node | None = None,
+) -> None:
+    """Store ``after`` (by default the region's result) at ``index``, the anchor's value there being ``value``."""
     before = k.ev.computed
     k.ev.computed = {anchor: value}
-    result = k.ev.at(k.region.result, index)
+    result = k.ev.at(after or k.region.result, index)
     k.ev.computed = before
     T.buffer_store(out, splat(result, lanes), [lanes_at(at, lanes)])
 
@@ -206,5 +229,3 @@ def reduction_reason(node: fx.Node) -> str | None:
 def norm_reason(node: fx.Node) -> str | None:
     """Why a layer norm has no kernel here, or None."""
     return None if len(node.args[1]) == 1 else "only the last axis is normalised natively"  # pyright: ignore
-
-

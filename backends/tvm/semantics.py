@@ -80,7 +80,9 @@ def _logical(function: Callable[[Expr, Expr], Expr]) -> Callable[[fx.Node, Opera
     return lambda node, operand: function(*_operands(node, operand, torch.bool, 2))
 
 
-def _bitwise(logical: Callable[[Expr, Expr], Expr], bits: Callable[[Expr, Expr], Expr]) -> Callable[[fx.Node, Operand], Expr]:
+def _bitwise(
+    logical: Callable[[Expr, Expr], Expr], bits: Callable[[Expr, Expr], Expr]
+) -> Callable[[fx.Node, Operand], Expr]:
     def run(node: fx.Node, operand: Operand) -> Expr:
         dtype = node.meta["val"].dtype
         return (logical if dtype is torch.bool else bits)(*_operands(node, operand, dtype, 2))
@@ -96,13 +98,17 @@ def _not(node: fx.Node, operand: Operand) -> Expr:
 def _where(node: fx.Node, operand: Operand) -> Expr:
     dtype = node.meta["val"].dtype
     condition, a, b = node.args[:3]
-    return tirx.Select(*match_lanes([cast(operand(condition), torch.bool), cast(operand(a), dtype), cast(operand(b), dtype)]))
+    return tirx.Select(
+        *match_lanes([cast(operand(condition), torch.bool), cast(operand(a), dtype), cast(operand(b), dtype)])
+    )
 
 
 def _masked_fill(node: fx.Node, operand: Operand) -> Expr:
     dtype = node.meta["val"].dtype
     x, mask, value = node.args[:3]
-    return tirx.Select(*match_lanes([cast(operand(mask), torch.bool), cast(operand(value), dtype), cast(operand(x), dtype)]))
+    return tirx.Select(
+        *match_lanes([cast(operand(mask), torch.bool), cast(operand(value), dtype), cast(operand(x), dtype)])
+    )
 
 
 def _clamp(node: fx.Node, operand: Operand) -> Expr:
@@ -379,7 +385,7 @@ GENERATORS: dict[Any, Callable[[Any, fx.Node, Index], Expr]] = {
 }
 
 
-# Gathers: the place in the operand is itself read from a tensor --------------------------------------------------------
+# Gathers: the place in the operand is itself read from a tensor -------------------------------------------------------
 
 
 def _embedding(ev: Evaluator, node: fx.Node, index: Index) -> Expr:
