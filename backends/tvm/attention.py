@@ -169,7 +169,7 @@ class Item:
                 a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
                 b = T.address_of(self.scratch[p * (self.depth * self.panel)])
                 c = T.address_of(self.scratch[scores + p * self.panel])
-                operands = (a, b, c, self.q.stride, i32(self.panel), padded, i32(self.depth))
+                operands = (a, b, c, b, self.q.stride, i32(self.panel), padded, i32(self.depth))
                 call_tile(self.k.module, self.tile, left, operands, vectors=self.tile.vectors)
             inverse = T.alloc_buffer((self.tile.rows,), "float32")
             with T.serial(0, rows) as r:
@@ -302,7 +302,7 @@ class Item:
             a = T.address_of(self.scratch[scores])
             b = T.address_of(self.scratch[values + start])
             c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
-            operands = (a, b, c, padded, i32(self.pitch), self.out.stride, self.keys)
+            operands = (a, b, c, b, padded, i32(self.pitch), self.out.stride, self.keys)
             call_tile(
                 self.k.module, self.tile, left, operands, vectors=-(-columns // lanes), tail_lanes=columns % lanes
             )

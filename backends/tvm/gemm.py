@@ -29,13 +29,17 @@ from planish.backends.tvm.builder import (
 from planish.backends.tvm.expr import Evaluator, Rows
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
-from planish.backends.tvm.microkernel import Tile, call_tile, gemm_tile
+from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, call_tile, gemm_tile
 from planish.backends.tvm.rowwise import normalise_row
 from planish.ops import LAYER_NORM, LINEAR
 from planish.program import Program
 
-CHUNK_TILES = 4
+CHUNK_TILES = 8
 """Fewest row tiles in a chunk: the weights stream from the cache once per chunk, so a chunk must reuse them."""
+
+
+BALANCE = 8
+"""The number of chunks is a multiple of this, so that a few threads get equal shares."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,8 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
         with T.If(rows >= few):
             with T.Then():
                 most = chain.rows_per_chunk()
-                chunk = T.bind(T.min(round_up(ceil_div(rows, TASKS), chain.tile.rows), most))
+                chunks = round_up(T.max(ceil_div(rows, most), TASKS), BALANCE)
+                chunk = T.bind(round_up(ceil_div(rows, chunks), chain.tile.rows))
                 with T.parallel(0, ceil_div(rows, chunk)) as c:
                     memory = workspace(most * between) if between else None
                     first = T.bind(c * chunk)
@@ -171,9 +176,9 @@ class Chain:
         return gemm_tile(self.k.module.target)
 
     def rows_per_chunk(self) -> int:
-        """Most rows of a chunk: what is read and kept for it fills at most half of the second-level cache."""
+        """Most rows of a chunk: what is read and kept for it fills at most 3/4 of the second-level cache."""
         per_row = 4 * (self.stages[0].depth + sum(s.columns for s in self.stages[:-1]))
-        fitting = self.k.module.target.l2_bytes // 2 // per_row
+        fitting = self.k.module.target.l2_bytes * 3 // 4 // per_row
         return max(CHUNK_TILES, fitting // self.tile.rows) * self.tile.rows
 
     def emit(self, first: Expr, count: Expr, memory: Any, origin: Expr, *, parallel: bool) -> None:
@@ -255,7 +260,10 @@ class StageCode:
             begin = T.address_of(self.source.buffer[self.source.row(row)])
             panel = T.address_of(self.panels[column * depth])
             target = T.address_of(self.place.buffer[self.place.row(row) + column])
-            operands = (begin, panel, target, self.source.stride, i32(span), self.place.stride, i32(depth))
+            # what the tiles of this block fetch for the next one: a part each, together the whole panel and again
+            part = T.floormod(t, UNROLL * vectors) * (depth // UNROLL * (CACHE_LINE // 4))
+            ahead = T.address_of(self.panels[(column + span) * depth + part])
+            operands = (begin, panel, target, ahead, self.source.stride, i32(span), self.place.stride, i32(depth))
             call_tile(self.chain.k.module, tile, left, operands, vectors=vectors, tail_lanes=tail)
             if not bare:
                 with T.serial(0, T.min(left, tile.rows)) as i:

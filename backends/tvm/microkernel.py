@@ -34,27 +34,42 @@ def attention_tile(target: Target) -> Tile:
     return Tile(12, 2) if target.vector_registers >= 32 else Tile(6, 2)
 
 
+UNROLL = 4
+"""Steps of k per iteration of a tile's loop, and steps per prefetched cache line."""
+
+
 def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
-    Parameters: A, B, C, lda, ldb, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
-    Strides are in elements. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
-    do not depend on how rows are cut into tiles.
+    Parameters: A, B, C, ahead, lda, ldb, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
+    Strides are in elements. One cache line from ``ahead`` on is fetched into the second-level cache every ``UNROLL``
+    steps: the weights that the next tiles multiply would otherwise arrive late. Every row is computed by the same
+    sequence of operations whatever ``rows`` is, so results do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
-        (a, b, c), (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * 3, 4 + ragged, align=4)
+        pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * 4, 4 + ragged, align=4)
+        a, b, c, ahead = pointers
         last = rest[0] if ragged else None
         whole = T.ramp(0, 1, lanes)
         acc = [[T.alloc_buffer((lanes,), "float32") for _ in range(vectors)] for _ in range(rows)]
         for row in acc:
             for register in row:
                 T.buffer_store(register, T.broadcast(f32(0.0), lanes), [whole])
-        with T.serial(0, depth) as k:
+
+        def step(k: Expr) -> None:
             panel = [T.bind(b[lanes_at(k * ldb + v * lanes, lanes)]) for v in range(vectors)]
             for i, row in enumerate(acc):
                 scalar = T.bind(T.broadcast(a[i * lda + k], lanes))
                 for register, column in zip(row, panel, strict=True):
                     T.buffer_store(register, register[whole] + scalar * column, [whole])
+
+        blocks = T.floordiv(depth, UNROLL)
+        with T.serial(0, blocks) as block:
+            prefetch(T.address_of(ahead[block * (CACHE_LINE // 4)]))
+            for u in range(UNROLL):
+                step(block * UNROLL + u)
+        with T.serial(0, depth - blocks * UNROLL) as k:
+            step(blocks * UNROLL + k)
         for i, row in enumerate(acc):
             for v, register in enumerate(row):
                 if last is None or v < vectors - 1:
@@ -68,6 +83,15 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
     return f.func
 
 
+CACHE_LINE = 64
+
+
+def prefetch(address: Expr) -> None:
+    """Emit a fetch of one cache line into the second-level cache; any address is allowed."""
+    read, second_level, data = i32(0), i32(2), i32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, second_level, data))
+
+
 def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool) -> str:
     """C symbol of the tile function of this size, shared by all kernels of the module."""
     lanes = module.target.lanes
@@ -79,7 +103,7 @@ def call_tile(
     module: Module,
     block: Tile,
     left: Expr,
-    operands: tuple[Expr, Expr, Expr, Expr, Expr, Expr, Expr],
+    operands: tuple[Expr, Expr, Expr, Expr, Expr, Expr, Expr, Expr],
     *,
     vectors: int,
     tail_lanes: int = 0,
@@ -87,7 +111,7 @@ def call_tile(
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
 
     Args:
-        operands: A, B, C, lda, ldb, ldc, K.
+        operands: A, B, C, ahead, lda, ldb, ldc, K.
         tail_lanes: lanes of the last vector to store, 0 for all.
     """
     arguments = (*operands, i32(tail_lanes)) if tail_lanes else operands
