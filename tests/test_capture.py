@@ -4,14 +4,15 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-import planish
 import pytest
 import torch
+from torch.nn import functional as F
+
+import planish
 from planish import Dim
 from planish.capture import capture
 from planish.errors import CaptureError, DimError, InputError, UnsupportedOpsError
 from planish.rules import aten
-from torch.nn import functional as F
 
 BATCH, SEQ = Dim("batch", 1, 8), Dim("seq", 1, 16)
 Tensors = tuple[torch.Tensor, ...]
@@ -164,7 +165,10 @@ def test_nested_structures(batch: int, nested: planish.CompiledModel) -> None:
     assert (got["rows"], got["mode"], got["nested"][1][1]) == (batch, "add", None)
     assert isinstance(got["nested"], tuple)
     assert isinstance(got["nested"][1], list)
-    close([got["sum"], got["same"], got["nested"][0], got["nested"][1][0]], [want["sum"], want["same"], want["nested"][0], want["nested"][1][0]])
+    close(
+        [got["sum"], got["same"], got["nested"][0], got["nested"][1][0]],
+        [want["sum"], want["same"], want["nested"][0], want["nested"][1][0]],
+    )
 
 
 def test_constants_must_not_change(nested: planish.CompiledModel) -> None:
@@ -185,7 +189,9 @@ def test_constants_must_not_change(nested: planish.CompiledModel) -> None:
 
 def test_star_arguments() -> None:
     class Stars(torch.nn.Module):
-        def forward(self, first: torch.Tensor, /, second: torch.Tensor, *rest: torch.Tensor, **named: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, first: torch.Tensor, /, second: torch.Tensor, *rest: torch.Tensor, **named: torch.Tensor
+        ) -> torch.Tensor:
             total = first - second
             for i, t in enumerate(rest):
                 total = total + (i + 2) * t
@@ -332,12 +338,20 @@ def test_transformers_model_output() -> None:
     from transformers import BertConfig, BertModel
 
     config = BertConfig(
-        vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=32
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=32,
     )
     torch.manual_seed(0)
     model = BertModel(config).eval()
     g = torch.Generator().manual_seed(0)
-    inputs = {"input_ids": torch.randint(0, 50, (2, 7), generator=g), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    inputs = {
+        "input_ids": torch.randint(0, 50, (2, 7), generator=g),
+        "attention_mask": torch.ones(2, 7, dtype=torch.int64),
+    }
     inputs["attention_mask"][1, 4:] = 0
     cm = planish.compile(model, inputs, dynamic={n: {0: BATCH, 1: SEQ} for n in inputs})
     with torch.no_grad():
@@ -361,7 +375,17 @@ def test_kinds_of_inputs_and_outputs() -> None:
 
         def forward(self, flags: torch.Tensor, ids: torch.Tensor, x: torch.Tensor, unused: torch.Tensor) -> Tensors:
             total = ids + flags.long()
-            return flags, total, torch.logical_not(flags), x, self.table, x.reshape(-1), x.t(), total, ids.to(torch.int32)
+            return (
+                flags,
+                total,
+                torch.logical_not(flags),
+                x,
+                self.table,
+                x.reshape(-1),
+                x.t(),
+                total,
+                ids.to(torch.int32),
+            )
 
     model = Kinds().eval()
     inputs = (torch.tensor([[True, False]]), torch.tensor([[1 << 40, -3]]), torch.randn(3, 2), torch.zeros(1))
@@ -409,13 +433,29 @@ def test_clean_graph() -> None:
     x = torch.randn(2, 3, 6)
     program, _ = capture(model, (x,), {"x": {0: BATCH, 1: SEQ}})
     targets = [n.target for n in program.nodes() if n.op == "call_function"]
-    noise = {"clone", "contiguous", "detach", "dropout", "view", "_unsafe_view", "_assert_tensor_metadata", "_to_copy", "exp", "alias"}
+    noise = {
+        "clone",
+        "contiguous",
+        "detach",
+        "dropout",
+        "view",
+        "_unsafe_view",
+        "_assert_tensor_metadata",
+        "_to_copy",
+        "exp",
+        "alias",
+    }
     assert {str(t).split(".")[1] for t in targets} & noise == set()
     whole = {"linear", "scaled_dot_product_attention", "gelu", "silu", "softmax", "layer_norm", "reshape"}
     assert whole <= {str(t).split(".")[1] for t in targets}
     assert not any(t._schema.is_mutable for t in targets if hasattr(t, "_schema"))
     assert all(n.users or n.op in ("placeholder", "output") for n in program.nodes())
-    assert {n.name for n in program.nodes() if n.op == "get_attr"} == {"linear_weight", "linear_bias", "norm_weight", "norm_bias"}
+    assert {n.name for n in program.nodes() if n.op == "get_attr"} == {
+        "linear_weight",
+        "linear_bias",
+        "norm_weight",
+        "norm_bias",
+    }
     close(program.run(x)[0], model(x))
     y = torch.randn(5, 4, 6)
     close(program.run(y)[0], model(y))
@@ -451,7 +491,9 @@ class Branch(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [(Counts(), "calls"), (InPlace(), "x"), (Branch(), "data-dependent")], ids=["buffer", "input", "branch"]
+    ("model", "words"),
+    [(Counts(), "calls"), (InPlace(), "x"), (Branch(), "data-dependent")],
+    ids=["buffer", "input", "branch"],
 )
 def test_refused_models(model: torch.nn.Module, words: str) -> None:
     with pytest.raises(CaptureError, match=words) as caught:
@@ -473,7 +515,12 @@ def test_all_unsupported_ops_in_one_error() -> None:
         planish.compile(Unsupported().eval(), (torch.randn(3, 4),))
     text = str(caught.value)
     lines, start = inspect.getsourcelines(Unsupported.forward)
-    for op, comment in (("sort", "sorted here"), ("cumsum", "summed here"), ("float64", "widened here"), ("sum.dim_IntList", "widened here")):
+    for op, comment in (
+        ("sort", "sorted here"),
+        ("cumsum", "summed here"),
+        ("float64", "widened here"),
+        ("sum.dim_IntList", "widened here"),
+    ):
         number = start + next(i for i, line in enumerate(lines) if comment in line)
         assert op in text
         assert f"{__file__}:{number}" in text

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import planish
 import pytest
 import torch
+
+import planish
 from planish import Dim
 from planish.errors import DimError, InputError, ModelStateError, PlanishError
 
@@ -134,7 +135,9 @@ def test_by_position_and_in_inference_mode(compiled: planish.CompiledModel, mode
     inputs = example(2, 9)
     with torch.inference_mode():
         torch.testing.assert_close(compiled(*inputs.values()), model(*inputs.values()), rtol=1e-5, atol=2e-6)
-        torch.testing.assert_close(compiled(inputs["ids"], x=inputs["x"], mask=inputs["mask"]), model(**inputs), rtol=1e-5, atol=2e-6)
+        torch.testing.assert_close(
+            compiled(inputs["ids"], x=inputs["x"], mask=inputs["mask"]), model(**inputs), rtol=1e-5, atol=2e-6
+        )
 
 
 def test_outputs_need_no_grad_and_are_contiguous(compiled: planish.CompiledModel) -> None:
@@ -223,7 +226,9 @@ def test_dims_that_are_no_mapping(dynamic: Any, model: Tiny) -> None:
         compile_with(model, dynamic=dynamic)
 
 
-@pytest.mark.parametrize(("name", "low", "high"), [("b", 0, 4), ("b", 5, 4), ("b", -1, 4), ("no name", 1, 4), (3, 1, 4)])
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("b", 0, 4), ("b", 5, 4), ("b", -1, 4), ("no name", 1, 4), (3, 1, 4)]
+)
 def test_bad_dim(name: Any, low: int, high: int) -> None:
     with pytest.raises(DimError):
         Dim(name, low, high)

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import planish
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn import functional as F
+
+import planish
 from planish.capture import capture
 from planish.targets import host_isa_levels
-from torch.nn import functional as F
 
 aten = torch.ops.aten
 Function = Callable[..., torch.Tensor]
@@ -193,7 +194,7 @@ FLOAT: dict[str, Function] = {
     "clamp_high": lambda x, y: x.clamp(max=0.25),
     "clamp_min": lambda x, y: aten.clamp_min.default(x, -0.5),
     "eq_tensor": lambda x, y: x == y,
-    "eq_self": lambda x, y: x == x,  # noqa: PLR0124  (false for NaN)
+    "eq_self": lambda x, y: x == x,
     "eq_scalar": lambda x, y: x == 0,
     "ne_tensor": lambda x, y: x != y,
     "ne_scalar": lambda x, y: x != 0.0,
@@ -655,7 +656,6 @@ for depth in (16, 20, 32, 64, 80):
         rtol=2e-5,
         atol={"": 3e-6},
     )
-
 
 
 CASES = [(family, case) for family, entry in FAMILIES.items() for case in entry.functions]

@@ -5,9 +5,11 @@ import operator
 from dataclasses import dataclass, field
 from functools import cache
 
-import planish
 import pytest
 import torch
+from torch import fx
+
+import planish
 from planish import verify
 from planish.capture import capture
 from planish.errors import GraphError, NumericError, PassOrderError, UnknownNameError
@@ -15,7 +17,6 @@ from planish.pipeline import Pass, Refusal, Result, Step, bisect, check_order, c
 from planish.program import Dim, Program, source_line
 from planish.rules import Refuse, Rule, apply_rules, aten, rule
 from planish.targets import TARGETS, Target
-from torch import fx
 
 REFERENCE = TARGETS["reference"]
 THIS_FILE = __file__

@@ -1,10 +1,11 @@
 """Arena placement: nothing overlaps that lives at the same time, everything is aligned, memory is used again."""
 
-import planish
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import planish
 from planish.plan import ALIGN, Buffer, Call, Plan, place_by_size
 from planish.program import dim_symbol
 
@@ -62,7 +63,11 @@ def test_reuse_in_a_chain() -> None:
 
 def chain(kind: str = "arena") -> Plan:
     n = dim_symbol("n")
-    buffers = [Buffer("x", "input", 4, (n,)), *(Buffer(f"b{i}", kind, 4, (n, 3)) for i in range(4)), Buffer("y", "output", 4, (n,))]
+    buffers = [
+        Buffer("x", "input", 4, (n,)),
+        *(Buffer(f"b{i}", kind, 4, (n, 3)) for i in range(4)),
+        Buffer("y", "output", 4, (n,)),
+    ]
     calls = [Call(f"k{i}", (i, i + 1, -1), f"b{i}", "elementwise", (n,), 0) for i in range(5)]
     return Plan(buffers, calls)
 

@@ -3,9 +3,10 @@
 import dataclasses
 import re
 
-import planish
 import pytest
 import torch
+
+import planish
 from planish import targets
 from planish.errors import TargetError, UnknownNameError
 from planish.targets import TARGETS, Target

@@ -7,10 +7,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import planish
 import psutil
 import pytest
 import torch
+
+import planish
 from planish import Dim
 
 DYNAMIC = {"x": {0: Dim("batch", 1, 64)}}
