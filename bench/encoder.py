@@ -11,7 +11,7 @@ import torch
 
 from planish import models
 from planish.bench import inductor, limits, memory, overhead
-from planish.bench.kernels import kernel_rows
+from planish.bench.kernels import gemm_rows, kernel_rows
 from planish.bench.latency import MIN_ROUNDS, interleave
 from planish.bench.quality import outputs, quality
 from planish.bench.result import BenchResult, make_row
@@ -80,7 +80,8 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         limits_found = limits.combine(limits_before, limits.measure(probe))
         rows = [make_row(n, times, qualities[n], _versus(n, calls)) for n in calls]
         probes = _probe_batches(loaded, batches)
-        kernels = kernel_rows(compiled, probes, limits_found["fma_gflops"])
+        peak = limits_found["fma_gflops"]
+        kernels = gemm_rows(compile_model, loaded.model, peak) + kernel_rows(compiled, probes, peak)
         extra = {
             "batches": [list(b["input_ids"].shape) for b in batches],
             **compile_times,

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import torch
 
 from planish.bench.result import KernelRow
 from planish.models.base import Batch
+from planish.program import Dim
 
 
 def kernel_rows(compiled: Any, batches: Sequence[Batch], fma_gflops: float, repeats: int = 20) -> list[KernelRow]:
@@ -26,4 +30,33 @@ def kernel_rows(compiled: Any, batches: Sequence[Batch], fma_gflops: float, repe
             gflops = k.flops / k.ms / 1e6 if k.flops else 0.0
             share = gflops / fma_gflops if k.flops else None
             rows.append(KernelRow(k.name, k.op, list(k.shape), k.calls, size, k.ms, gflops, share))
+    return rows
+
+
+GEMM_ROWS = (64, 1001, 4096)
+"""Row counts at which each GEMM shape is timed: one small batch, one that no tile size divides, a full batch."""
+
+
+def gemm_rows(
+    compile_model: Callable[..., Any], model: torch.nn.Module, fma_gflops: float, repeats: int = 40
+) -> list[KernelRow]:
+    """Each distinct linear layer of the model alone, without what the passes fuse with it, at ``GEMM_ROWS`` rows.
+
+    Args:
+        compile_model: ``planish.compile``.
+        model: its ``nn.Linear`` layers give N and K.
+        fma_gflops: the measured peak.
+        repeats: timed calls.
+    """
+    layers = Counter((m.out_features, m.in_features) for m in model.modules() if isinstance(m, torch.nn.Linear))
+    rows: list[KernelRow] = []
+    for (n, k), calls in sorted(layers.items()):
+        inputs = {"input": torch.randn(GEMM_ROWS[0], k, generator=torch.Generator().manual_seed(0))}
+        dims = {"input": {0: Dim("rows", 1, max(GEMM_ROWS))}}
+        compiled = compile_model(torch.nn.Linear(k, n).eval(), inputs, dynamic=dims)
+        for m in GEMM_ROWS:
+            x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
+            (time,) = compiled.kernels({"input": x}, repeats=repeats)
+            gflops = time.flops / time.ms / 1e6
+            rows.append(KernelRow("linear", "gemm", [m, n, k], calls, [m, k], time.ms, gflops, gflops / fma_gflops))
     return rows

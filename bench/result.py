@@ -46,7 +46,7 @@ class KernelRow:
     Attributes:
         name: its name in the plan.
         op: what it computes.
-        shape: [M, N, K] of a GEMM.
+        shape: [M, N, K] of a GEMM; a chain of linear layers in one kernel is [M, N, K, N2, K2, ...].
         calls: how often the plan calls it.
         batch: the input's [batch, seq].
         ms: one call.

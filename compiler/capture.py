@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -48,6 +49,9 @@ class Signature:
         Raises:
             InputError: an argument is missing, unknown, of another structure, or a constant differs from the captured.
         """
+        plain = self._plain_tensors(args, kwargs)
+        if plain is not None:
+            return plain
         bound = bind(self.parameters, args, kwargs)
         named, spec = pytree.tree_flatten(bound)
         if spec != self.in_spec:
@@ -73,8 +77,30 @@ class Signature:
                 )
         return tensors
 
+    @cached_property
+    def _positions(self) -> list[int] | None:
+        """Where each input stands among positional arguments, if every argument is one tensor."""
+        order = list(self.parameters.parameters.values()) if self.parameters else []
+        named = [p.name for p in order if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD][: len(self.names)]
+        plain = sorted(named) == list(self.names) and all(const is None for const in self.leaves)
+        return [named.index(n) for n in self.names] if plain else None
+
+    def _plain_tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[torch.Tensor] | None:
+        """The inputs of the usual call, all tensors by position or all by name, without the cost of binding it."""
+        if self._positions is None:
+            return None
+        if len(args) == len(self.names) and not kwargs:
+            tensors = [args[i] for i in self._positions]
+        elif not args and len(kwargs) == len(self.names):
+            tensors = [kwargs.get(n) for n in self.names]
+        else:
+            return None
+        return tensors if all(isinstance(t, torch.Tensor) for t in tensors) else None
+
     def unflatten(self, tensors: Sequence[torch.Tensor], sizes: Mapping[str, int]) -> Any:
         """What the model returns, from its output tensors and the sizes of the dynamic dims."""
+        if self._is_one_tensor:
+            return tensors[0]
         leaves: list[Any] = []
         for slot in self.slots:
             if isinstance(slot, int):
@@ -84,6 +110,11 @@ class Signature:
             else:
                 leaves.append(evaluate(slot, sizes))
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+
+    @cached_property
+    def _is_one_tensor(self) -> bool:
+        return self.slots == (0,) and self.out_spec.is_leaf()
 
 
 def bind(parameters: inspect.Signature | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -135,7 +135,11 @@ class TvmExecutable:
         return arena if arena.numel() >= nbytes else aligned(nbytes)
 
     def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
-        """Best time of each kernel alone, on the values that the whole model left in the arena."""
+        """Time of each kernel alone, on the values that the whole model left in the arena.
+
+        It is the median of ``repeats`` calls less the median of calls that run no kernel: what the kernel takes inside
+        the model, where one native call runs them all.
+        """
         layout = self._layout(dims)
         ready = [_ready(t) for t in tensors]
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
@@ -143,15 +147,21 @@ class TvmExecutable:
         sizes = tuple(dims.values())
         self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
         rows: dict[tuple[str, tuple[int, ...]], list[tuple[float, int, str]]] = {}
-        for index, call in enumerate(self.plan.calls):
+
+        def seconds(first: int, last: int) -> float:
             times: list[float] = []
             for _ in range(repeats):
                 start = time.perf_counter()
-                self._run(ready, outputs, arena, layout, sizes, index, index + 1)
+                self._run(ready, outputs, arena, layout, sizes, first, last)
                 times.append(time.perf_counter() - start)
+            return statistics.median(times)
+
+        empty = seconds(0, 0)
+        for index, call in enumerate(self.plan.calls):
+            alone = seconds(index, index + 1) - empty
             shape = tuple(evaluate(s, dims) for s in call.shape)
             rows.setdefault((call.kernel, shape), []).append(
-                (statistics.median(times) * 1e3, evaluate(call.flops, dims), call.op)
+                (alone * 1e3, evaluate(call.flops, dims), call.op)
             )
         return [
             KernelTime(name, times[0][2], shape, statistics.median(t[0] for t in times), times[0][1], len(times))

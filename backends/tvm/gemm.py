@@ -10,7 +10,6 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -33,10 +32,13 @@ from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, call_tile
 from planish.backends.tvm.rowwise import normalise_row
 from planish.ops import LAYER_NORM, LINEAR
 from planish.program import Program
+from planish.targets import Target
 
 CHUNK_TILES = 8
-"""Fewest row tiles in a chunk: the weights stream from the cache once per chunk, so a chunk must reuse them."""
+"""Fewest row tiles in a chunk whose weights stream from memory: they do so once per chunk, so it must reuse them."""
 
+RESIDENT_CHUNK_TILES = 2
+"""Fewest row tiles in a chunk whose weights stay in the second-level cache."""
 
 BALANCE = 8
 """The number of chunks is a multiple of this, so that a few threads get equal shares."""
@@ -108,6 +110,12 @@ def row_stride(ev: Evaluator, node: fx.Node, depth: int) -> tuple[fx.Node, Expr,
     return source, (lead[-1][0] if lead else i32(depth)), offset
 
 
+def least_tiles(target: Target, stages: list[Stage]) -> int:
+    """Fewest row tiles of a chunk."""
+    weights = sum(4 * s.columns * s.depth for s in stages)
+    return RESIDENT_CHUNK_TILES if weights <= target.l2_bytes // 2 else CHUNK_TILES
+
+
 def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
     """Kernel of a region around one or more linear layers.
 
@@ -122,7 +130,7 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
     width = gemm_tile(module.target).vectors * module.target.lanes
     packed = [(Packed(w, "columns", width), "float32") for w in weights]  # pyright: ignore
     between = sum(s.columns for s in stages[:-1])
-    few = TASKS * CHUNK_TILES * gemm_tile(module.target).rows
+    few = TASKS * least_tiles(module.target, stages) * gemm_tile(module.target).rows
     scratch = [(Scratch(4 * few * between), "float32")] if between else []
     with kernel(module, program, region, packed + scratch, skip=weights) as (k, out, extras):  # pyright: ignore
         rows = T.bind(product(k.ev.shape(stages[0].linear)[:-1]) + i32(0))
@@ -135,11 +143,11 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
                 with T.parallel(0, ceil_div(rows, chunk)) as c:
                     memory = workspace(most * between) if between else None
                     first = T.bind(c * chunk)
-                    chain.emit(first, T.bind(T.min(chunk, rows - first)), memory, first, parallel=False)
+                    chain.emit(first, T.bind(T.min(chunk, rows - first)), memory, most, parallel=False)
             with T.Else():
-                chain.emit(i32(0), rows, extras[-1] if between else None, i32(0), parallel=True)
-    m = sympy.prod(program.shape(stages[0].linear)[:-1])
-    shape = [int(m) if m.is_number else m]
+                chain.emit(i32(0), rows, extras[-1] if between else None, few, parallel=True)
+    m = product(program.shape(stages[0].linear)[:-1])
+    shape = [m]
     for s in stages:
         shape += [s.columns, s.depth]
     flops = sum(2 * m * s.columns * s.depth for s in stages)
@@ -179,24 +187,22 @@ class Chain:
         """Most rows of a chunk: what is read and kept for it fills at most 3/4 of the second-level cache."""
         per_row = 4 * (self.stages[0].depth + sum(s.columns for s in self.stages[:-1]))
         fitting = self.k.module.target.l2_bytes * 3 // 4 // per_row
-        return max(CHUNK_TILES, fitting // self.tile.rows) * self.tile.rows
+        return max(least_tiles(self.k.module.target, self.stages), fitting // self.tile.rows) * self.tile.rows
 
-    def emit(self, first: Expr, count: Expr, memory: Any, origin: Expr, *, parallel: bool) -> None:
+    def emit(self, first: Expr, count: Expr, memory: Any, most: int, *, parallel: bool) -> None:
         """All stages for rows ``first .. first+count``.
 
         Args:
-            memory: holds the results of all stages but the last, one after the other.
-            origin: the row that lies at the start of each of them.
+            memory: holds ``most`` rows, from ``first`` on, of the results of all stages but the last, one after another.
             parallel: make the column blocks parallel loops.
         """
         results: dict[fx.Node, Matrix] = {}
         base: Expr = i32(0)
-        most = TASKS * CHUNK_TILES * self.tile.rows if parallel else self.rows_per_chunk()
         for index, stage in enumerate(self.stages):
             if stage is self.stages[-1]:
                 place = Matrix(self.out, i32(0), i32(0), i32(stage.columns))
             else:
-                place = Matrix(memory, base, origin, i32(stage.columns))
+                place = Matrix(memory, base, first, i32(stage.columns))
                 base = base + i32(most * stage.columns)
             StageCode(self, stage, self.panels[index], self._source(stage, results), place, results).emit(
                 first, count, parallel=parallel
