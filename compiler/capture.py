@@ -17,8 +17,9 @@ from torch.utils import _pytree as pytree
 
 from planish import verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
+from planish.ops import aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
-from planish.rules import aten, remove_dead
+from planish.rules import remove_dead
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
 
@@ -110,7 +111,6 @@ class Signature:
             else:
                 leaves.append(evaluate(slot, sizes))
         return pytree.tree_unflatten(leaves, self.out_spec)
-
 
     @cached_property
     def _is_one_tensor(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
-from planish.rules import aten
+aten = torch.ops.aten
 
 LINEAR = aten.linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -106,6 +107,7 @@ ELEMENTWISE = frozenset(
         aten.where.self,
         aten.where.ScalarOther,
         aten.where.ScalarSelf,
+        aten.where.Scalar,
         aten.masked_fill.Scalar,
         aten._to_copy.default,
     }
@@ -120,3 +122,10 @@ def short_name(node: fx.Node) -> str:
     """The op's name without namespace and overload, as used in names of groups: ``layer_norm``."""
     target: Any = node.target
     return str(target).split(".")[1].strip("_")
+
+
+def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+    """Argument of an ATen call given by position or by keyword."""
+    if len(node.args) > index:
+        return node.args[index]
+    return node.kwargs.get(name, default)

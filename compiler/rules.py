@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from planish.pipeline import Refusal, Result
@@ -92,13 +91,3 @@ def remove_dead(module: fx.GraphModule, result: Result | None = None) -> None:
     for name in [*module._parameters, *module._buffers, *module._modules]:
         if name not in read:
             delattr(module, name)
-
-
-def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
-    """Argument of an ATen call given by position or by keyword."""
-    if len(node.args) > index:
-        return node.args[index]
-    return node.kwargs.get(name, default)
-
-
-aten = torch.ops.aten

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, LINEAR, VIEWS
+from planish.ops import ATTENTION, LINEAR, VIEWS, argument, aten
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
-from planish.rules import Refuse, Rule, apply_rules, argument, aten, rule
+from planish.rules import Refuse, Rule, apply_rules, rule
 from planish.targets import Target
 
 FOLD_LIMIT = 1 << 20
@@ -221,7 +221,7 @@ def fold_attention_scale(program: Program, node: fx.Node) -> fx.Node | Refuse | 
     linear = chain[-1]
     if linear.target is not LINEAR or any(p.op != "get_attr" for p in linear.args[1:] if isinstance(p, fx.Node)):
         return Refuse("the query is not a view of a linear layer with constant weights")
-    if any(len(n.users) != 1 for n in chain):
+    if any(len(n.users) != 1 for n in chain) or query in node.args[1:]:
         return Refuse("the query is used elsewhere too")
     graph = program.module.graph
     scaled: list[Any] = []

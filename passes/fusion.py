@@ -9,10 +9,10 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, ELEMENTWISE, INLINE, LAYER_NORM, LINEAR, REDUCTIONS, ROWS, VIEWS, short_name
+from planish.ops import ATTENTION, ELEMENTWISE, INLINE, LAYER_NORM, LINEAR, REDUCTIONS, ROWS, VIEWS, aten, short_name
 from planish.pipeline import Pass, Refusal, Result
 from planish.program import Program
-from planish.rules import aten, remove_dead
+from planish.rules import remove_dead
 from planish.targets import Target
 
 CHAIN_ROWS = 64

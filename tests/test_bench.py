@@ -100,10 +100,13 @@ class _Compiled:
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
 
-    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:  # noqa: ANN401
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> Any:
         return self.model(*args, **kwargs)
 
     def kernels(self, inputs: dict[str, torch.Tensor], repeats: int = 20) -> list[_Time]:
+        if isinstance(self.model, torch.nn.Linear):
+            rows, n, k = len(inputs["input"]), self.model.out_features, self.model.in_features
+            return [_Time("gemm", "gemm", (rows, n, k), 1.0, 2 * rows * n * k, 1)]
         rows = inputs["input_ids"].numel()
         return [
             _Time("layer_norm", "norm", (rows, 384), 0.1, 0, 12),
@@ -224,7 +227,8 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     )
     for kernel in read["kernels"]:
         assert {"name", "shape", "ms", "gflops", "share_of_limit"} <= set(kernel)
-    assert {tuple(k["batch"]) for k in read["kernels"]} == {(1, 24), (1, 64), (7, 143)}
+    assert {tuple(k["batch"]) for k in read["kernels"] if k["name"] != "linear"} == {(1, 24), (1, 64), (7, 143)}
+    assert {k["shape"][0] for k in read["kernels"] if k["name"] == "linear"} == {64, 1001, 4096}
     assert read["absent"][0]["name"] == "inductor"
     assert "no-such-compiler" in read["absent"][0]["reason"]
     extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory"}

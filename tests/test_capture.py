@@ -12,7 +12,7 @@ import planish
 from planish import Dim
 from planish.capture import capture
 from planish.errors import CaptureError, DimError, InputError, UnsupportedOpsError
-from planish.rules import aten
+from planish.ops import aten
 
 BATCH, SEQ = Dim("batch", 1, 8), Dim("seq", 1, 16)
 Tensors = tuple[torch.Tensor, ...]

@@ -16,10 +16,10 @@ from torch import fx
 
 from planish.capture import capture
 from planish.dump import Dump, content_hash, split_layout
+from planish.ops import aten
 from planish.pipeline import Pass, Refusal, Result, run_pipeline
 from planish.printer import DumpError, program_text, short_source
 from planish.program import Dim, Program, add_constant
-from planish.rules import aten
 from planish.targets import TARGETS, Target
 
 TARGET = TARGETS["reference"]

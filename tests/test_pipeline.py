@@ -13,9 +13,10 @@ import planish
 from planish import verify
 from planish.capture import capture
 from planish.errors import GraphError, NumericError, PassOrderError, UnknownNameError
+from planish.ops import aten
 from planish.pipeline import Pass, Refusal, Result, Step, bisect, check_order, count_ops, run_pipeline
 from planish.program import Dim, Program, source_line
-from planish.rules import Refuse, Rule, apply_rules, aten, rule
+from planish.rules import Refuse, Rule, apply_rules, rule
 from planish.targets import TARGETS, Target
 
 REFERENCE = TARGETS["reference"]

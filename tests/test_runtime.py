@@ -117,7 +117,7 @@ class Code:
 
     def __init__(self, launcher: runtime.Launcher, model_object: Path) -> None:
         self.launcher = launcher
-        self.lib = runtime._load_library(model_object, launcher)
+        self.lib = runtime._load_library([model_object], launcher)
 
     def add(self, threads: int, n: int = 1000, rounds: int = 1, base: int = 0) -> bool:
         """Whether one parallel loop over `n` items gives what a serial one gives."""
@@ -372,8 +372,8 @@ def test_library_from_bytes_and_its_unloading(model_object: Path) -> None:
 
 
 def test_models_have_pointers_of_their_own(model_object: Path, pthread_launcher: runtime.Launcher) -> None:
-    first = runtime._load_library(model_object, runtime.launcher())
-    second = runtime._load_library(model_object, pthread_launcher)
+    first = runtime._load_library([model_object], runtime.launcher())
+    second = runtime._load_library([model_object], pthread_launcher)
     name = "__TVMBackendParallelLaunch"
     assert ctypes.c_void_p.in_dll(first, name).value != ctypes.c_void_p.in_dll(second, name).value
 

@@ -33,8 +33,8 @@ from planish.backends.tvm.index import flat_index, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
 from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
 from planish.backends.tvm.semantics import PUSH
+from planish.ops import argument
 from planish.program import Program
-from planish.rules import argument
 
 Index = tuple[Expr, ...]
 _LOWEST = -3.4028234663852886e38
@@ -169,8 +169,8 @@ class Item:
                 a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
                 b = T.address_of(self.scratch[p * (self.depth * self.panel)])
                 c = T.address_of(self.scratch[scores + p * self.panel])
-                operands = (a, b, c, b, self.q.stride, i32(self.panel), padded, i32(self.depth))
-                call_tile(self.k.module, self.tile, left, operands, vectors=self.tile.vectors)
+                sizes = (self.q.stride, i32(self.panel), padded, i32(self.depth))
+                call_tile(self.k.module, self.tile, left, (a, b, c, b), sizes, vectors=self.tile.vectors)
             inverse = T.alloc_buffer((self.tile.rows,), "float32")
             with T.serial(0, rows) as r:
                 if per_row:
@@ -302,7 +302,6 @@ class Item:
             a = T.address_of(self.scratch[scores])
             b = T.address_of(self.scratch[values + start])
             c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
-            operands = (a, b, c, b, padded, i32(self.pitch), self.out.stride, self.keys)
-            call_tile(
-                self.k.module, self.tile, left, operands, vectors=-(-columns // lanes), tail_lanes=columns % lanes
-            )
+            sizes = (padded, i32(self.pitch), self.out.stride, self.keys)
+            vectors, tail = -(-columns // lanes), columns % lanes
+            call_tile(self.k.module, self.tile, left, (a, b, c, b), sizes, vectors=vectors, tail_lanes=tail)

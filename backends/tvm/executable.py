@@ -160,9 +160,7 @@ class TvmExecutable:
         for index, call in enumerate(self.plan.calls):
             alone = seconds(index, index + 1) - empty
             shape = tuple(evaluate(s, dims) for s in call.shape)
-            rows.setdefault((call.kernel, shape), []).append(
-                (alone * 1e3, evaluate(call.flops, dims), call.op)
-            )
+            rows.setdefault((call.kernel, shape), []).append((alone * 1e3, evaluate(call.flops, dims), call.op))
         return [
             KernelTime(name, times[0][2], shape, statistics.median(t[0] for t in times), times[0][1], len(times))
             for (name, shape), times in rows.items()
@@ -183,8 +181,11 @@ class TvmExecutable:
 
 
 def _ready(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself where native code can read it: contiguous, and aligned as vector loads assume; else a copy."""
-    if tensor.is_contiguous() and not tensor.data_ptr() % ALIGN:
+    """The tensor itself where native code can read it, else a copy.
+
+    Native code needs contiguous memory, aligned as vector loads assume, that holds the values and not their negatives.
+    """
+    if tensor.is_contiguous() and not tensor.data_ptr() % ALIGN and not tensor.is_neg():
         return tensor
     copy = aligned(tensor.numel() * tensor.element_size()).view(tensor.dtype).view(tensor.shape)
     return copy.copy_(tensor)

@@ -21,8 +21,8 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_of, simplify, splat
 from planish.backends.tvm.index import cast, flat_index, to_tir
 from planish.backends.tvm.semantics import ELEMENTWISE, GATHERS, GENERATORS, VIEWS
+from planish.ops import aten
 from planish.program import Program
-from planish.rules import aten
 
 
 class NeedsScalarLanes(Exception):

@@ -120,8 +120,9 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
     """Kernel of a region around one or more linear layers.
 
     before: ``layer_norm(linear(gelu(linear(x, w, b)), v, c) + x)``
-    after:  for each chunk of rows: for each layer: for each block of columns, for each tile of rows: multiply, then
-            bias, GELU and residual on the tile while it is in the first-level cache; then the norm of the chunk's rows
+    after:  for each chunk of rows: for each layer: for each block of columns, for each tile of rows: multiply and add
+            the bias, then GELU and residual on the tile while it is in the first-level cache; then the norm of the
+            chunk's rows
 
     With few rows the column blocks are the parallel loop instead, and the norm a loop of its own.
     """
@@ -193,7 +194,7 @@ class Chain:
         """All stages for rows ``first .. first+count``.
 
         Args:
-            memory: holds ``most`` rows, from ``first`` on, of the results of all stages but the last, one after another.
+            memory: the results of all stages but the last, one after another, ``most`` rows from ``first`` on each.
             parallel: make the column blocks parallel loops.
         """
         results: dict[fx.Node, Matrix] = {}
@@ -259,7 +260,8 @@ class StageCode:
         """Rows ``first .. first+count`` of ``vectors`` vectors of columns; ``tail`` lanes of the last, 0 for all."""
         tile, depth = self.chain.tile, self.stage.depth
         span = vectors * self.chain.k.lanes
-        bare = self.stage.stored is self.stage.linear and self._bias() is None
+        bias = self._bias() if not tail else None  # a tile reads whole vectors of it
+        done = self.stage.stored is self.stage.linear and (bias is not None or self._bias() is None)
         with T.serial(0, ceil_div(count, tile.rows)) as t:
             row = T.bind(first + t * tile.rows)
             left = T.bind(count - t * tile.rows)
@@ -269,18 +271,21 @@ class StageCode:
             # what the tiles of this block fetch for the next one: a part each, together the whole panel and again
             part = T.floormod(t, UNROLL * vectors) * (depth // UNROLL * (CACHE_LINE // 4))
             ahead = T.address_of(self.panels[(column + span) * depth + part])
-            operands = (begin, panel, target, ahead, self.source.stride, i32(span), self.place.stride, i32(depth))
-            call_tile(self.chain.k.module, tile, left, operands, vectors=vectors, tail_lanes=tail)
-            if not bare:
+            pointers = (begin, panel, target, ahead)
+            sizes = (self.source.stride, i32(span), self.place.stride, i32(depth))
+            start = T.address_of(self.chain.k.ev.sources[bias].buffer[column]) if bias is not None else None
+            call_tile(self.chain.k.module, tile, left, pointers, sizes, vectors=vectors, tail_lanes=tail, bias=start)
+            if not done:
                 with T.serial(0, T.min(left, tile.rows)) as i:
                     self._epilogue(T.bind(row + i), column, span, tail)
 
     def _bias(self) -> fx.Node | None:
+        """The bias in memory, if there is one."""
         bias = self.stage.linear.args[2] if len(self.stage.linear.args) > 2 else None
         return bias if isinstance(bias, fx.Node) else None
 
     def _epilogue(self, row: Expr, column: Expr, span: int, tail: int) -> None:
-        """Bias and elementwise chain on one row of a tile, in place."""
+        """The elementwise chain, and the bias of a ragged tile, on one row of a tile, in place."""
         ev, lanes = self.chain.k.ev, self.chain.k.lanes
         index = self._enter_row(row)
         start = T.bind(self.place.row(row) + column)
@@ -289,7 +294,7 @@ class StageCode:
             place, last = lanes_at(start + at, count), lanes_at(column + at, count)
             value = self.place.buffer[place]
             bias = self._bias()
-            if bias is not None:
+            if bias is not None and tail:
                 value = value + ev.at(bias, (last,))
             ev.computed = {self.stage.linear: T.bind(value)}
             T.buffer_store(self.place.buffer, ev.at(self.stage.stored, (*index, last)), [place])

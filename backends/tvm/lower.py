@@ -19,10 +19,9 @@ from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.rowwise import REDUCTIONS, ROWS, lower_reduction, lower_rows, norm_reason, reduction_reason
 from planish.backends.tvm.semantics import ELEMENTWISE, FLOAT_ONLY, GATHERS, GENERATORS, VIEWS, index_reason
-from planish.ops import ATTENTION, LAYER_NORM, LINEAR
+from planish.ops import ATTENTION, LAYER_NORM, LINEAR, argument, aten
 from planish.plan import Buffer, Call, Plan
 from planish.program import Program, source_line
-from planish.rules import argument, aten
 from planish.targets import Target
 
 ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -33,9 +32,11 @@ def unsupported(program: Program, target: Target) -> list[Unsupported]:
     """Every op without a lowering, with its reason; also inside fused groups."""
     found: list[Unsupported] = []
     for node in program.nodes():
-        inner = getattr(program.module, str(node.target)).graph.nodes if node.op == "call_module" else [node]
-        for n in inner:
+        grouped = node.op == "call_module"
+        for n in getattr(program.module, str(node.target)).graph.nodes if grouped else [node]:
             reason = _reason(program, n)
+            if reason is None and n.target is LINEAR and not grouped and n.args[1].op != "get_attr":
+                reason = "the weight of a linear layer must be a constant matrix"
             if reason:
                 found.append(Unsupported(n.name, str(n.target), source_line(n), reason))
     return found
@@ -45,6 +46,8 @@ def _reason(program: Program, node: fx.Node) -> str | None:
     value = node.meta.get("val")
     if node.op == "output" or value is None:
         return None
+    if isinstance(value, (tuple, list)):
+        return "it has several results"
     if not isinstance(value, torch.Tensor):
         return None if translatable(program.size(value)) else f"the size {program.size(value)} has no integer form"
     if value.dtype not in DTYPES:
@@ -132,7 +135,8 @@ class Lowering:
 
     def _direct_outputs(self, outputs: list[fx.Node]) -> set[fx.Node]:
         """Nodes whose kernel writes straight into an output tensor."""
-        return {o for o in outputs if o.op in ("call_function", "call_module") and o.target not in ALIASES}
+        computed = {o for o in outputs if o.op in ("call_function", "call_module") and o.target not in ALIASES}
+        return {o for o in computed if outputs.count(o) == 1}
 
     def _copy_out(self, output: fx.Node) -> None:
         """An output that is an input, a constant, a view or returned twice gets a tensor of its own."""

@@ -38,23 +38,25 @@ UNROLL = 4
 """Steps of k per iteration of a tile's loop, and steps per prefetched cache line."""
 
 
-def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool) -> tirx.PrimFunc:
+def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool, biased: bool) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
-    Parameters: A, B, C, ahead, lda, ldb, ldc, K, and with ``ragged`` the number of lanes of the last vector to store.
+    Parameters: A, B, C, ahead, with ``biased`` the row that the sums start from, then lda, ldb, ldc, K, and with
+    ``ragged`` the number of lanes of the last vector to store.
     Strides are in elements. One cache line from ``ahead`` on is fetched into the second-level cache every ``UNROLL``
     steps: the weights that the next tiles multiply would otherwise arrive late. Every row is computed by the same
     sequence of operations whatever ``rows`` is, so results do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
-        pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * 4, 4 + ragged, align=4)
-        a, b, c, ahead = pointers
+        pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * (4 + biased), 4 + ragged, align=4)
+        a, b, c, ahead, *start = pointers
         last = rest[0] if ragged else None
         whole = T.ramp(0, 1, lanes)
         acc = [[T.alloc_buffer((lanes,), "float32") for _ in range(vectors)] for _ in range(rows)]
-        for row in acc:
-            for register in row:
-                T.buffer_store(register, T.broadcast(f32(0.0), lanes), [whole])
+        for v in range(vectors):
+            first = T.bind(start[0][lanes_at(v * lanes, lanes)] if start else T.broadcast(f32(0.0), lanes))
+            for row in acc:
+                T.buffer_store(row[v], first, [whole])
 
         def step(k: Expr) -> None:
             panel = [T.bind(b[lanes_at(k * ldb + v * lanes, lanes)]) for v in range(vectors)]
@@ -92,35 +94,39 @@ def prefetch(address: Expr) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, second_level, data))
 
 
-def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool) -> str:
+def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool, biased: bool) -> str:
     """C symbol of the tile function of this size, shared by all kernels of the module."""
     lanes = module.target.lanes
-    name = f"planish_tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "")
-    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, ragged=ragged))
+    name = f"planish_tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "") + ("_biased" if biased else "")
+    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, ragged=ragged, biased=biased))
 
 
 def call_tile(
     module: Module,
     block: Tile,
     left: Expr,
-    operands: tuple[Expr, Expr, Expr, Expr, Expr, Expr, Expr, Expr],
+    pointers: tuple[Expr, Expr, Expr, Expr],
+    sizes: tuple[Expr, Expr, Expr, Expr],
     *,
     vectors: int,
     tail_lanes: int = 0,
+    bias: Expr | None = None,
 ) -> None:
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
 
     Args:
-        operands: A, B, C, ahead, lda, ldb, ldc, K.
+        pointers: A, B, C, ahead.
+        sizes: lda, ldb, ldc, K.
         tail_lanes: lanes of the last vector to store, 0 for all.
+        bias: pointer to the row that the sums start from; None for zeros.
     """
-    arguments = (*operands, i32(tail_lanes)) if tail_lanes else operands
+    arguments = (*pointers, *([] if bias is None else [bias]), *sizes, *([i32(tail_lanes)] if tail_lanes else []))
 
     def choose(rows: int) -> None:
         condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
-                symbol = tile_symbol(module, rows, vectors, ragged=bool(tail_lanes))
+                symbol = tile_symbol(module, rows, vectors, ragged=bool(tail_lanes), biased=bias is not None)
                 T.evaluate(T.call_extern("int32", symbol, *arguments))
             if rows > 1:
                 with T.Else():

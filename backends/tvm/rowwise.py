@@ -14,8 +14,8 @@ from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, lanes_at, splat
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
+from planish.ops import argument, aten
 from planish.program import Program
-from planish.rules import argument, aten
 
 Index = tuple[Expr, ...]
 

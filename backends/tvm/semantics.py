@@ -17,7 +17,7 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, as_int, dtype_of, equal, lanes_of, simplify, splat
 from planish.backends.tvm.index import cast, flat_index, not_equal, unflatten_index
-from planish.rules import argument, aten
+from planish.ops import argument, aten
 
 if TYPE_CHECKING:
     from planish.backends.tvm.expr import Evaluator

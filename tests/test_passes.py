@@ -1,0 +1,220 @@
+"""canonicalize and fuse-groups: golden programs, reasons of refusals, rules that must not fire, idempotence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from planish import ops, passes, verify
+from planish.backends.tvm import lower, rowwise, semantics
+from planish.capture import capture
+from planish.pipeline import Step, run_pipeline
+from planish.printer import program_text
+from planish.program import Dim, Program
+from planish.targets import TARGETS
+
+GOLDEN = Path(__file__).with_name("golden")
+TARGET = TARGETS["cpu-avx2"]
+ROWS = {0: Dim("rows", 1, 32)}
+
+
+class Plain(nn.Module):
+    """A function as a model, with linear layers to use."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.norm = nn.Linear(8, 16), nn.Linear(16, 8), nn.LayerNorm(8)
+        self.function = function
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> Any:
+        return self.function(self, x) if y is None else self.function(self, x, y)
+
+
+def captured(function: Callable[..., Any], *inputs: torch.Tensor, dynamic: Mapping[str, Any] | None = None) -> Program:
+    return capture(Plain(function).eval(), inputs, dynamic)[0]
+
+
+def rewritten(program: Program, *names: str) -> tuple[Program, Step]:
+    after, steps = run_pipeline(program, passes.resolve(names), TARGET, check_values=True)
+    return after, steps[-1]
+
+
+def targets(program: Program) -> list[str]:
+    return [str(n.target) for n in program.nodes() if n.op in ("call_function", "call_module")]
+
+
+def feed_forward(m: Plain, x: torch.Tensor) -> torch.Tensor:
+    return m.norm(m.b(F.gelu(m.a(x))) + x)
+
+
+def attention(m: Plain, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    batch, length = mask.shape
+
+    def heads(t: torch.Tensor) -> torch.Tensor:
+        return t.view(batch, length, 2, 8).transpose(1, 2)
+
+    keys = mask.bool()[:, None, None, :] & torch.ones(1, 1, length, 1, dtype=torch.bool)
+    mixed = F.scaled_dot_product_attention(heads(m.a(x)), heads(m.a(x * 2)), heads(m.a(x * 3)), keys)
+    return m.b(mixed.transpose(1, 2).reshape(batch, length, 16))
+
+
+CASES: dict[str, Callable[[], Program]] = {
+    "feed_forward": lambda: captured(feed_forward, torch.randn(4, 8), dynamic={"x": ROWS}),
+    "attention": lambda: captured(attention, torch.randn(2, 5, 8), torch.ones(2, 5, dtype=torch.int64)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden_program(name: str, update_golden: bool) -> None:
+    program, _ = rewritten(CASES[name](), "canonicalize", "fuse-groups")
+    text, path = program_text(program, sources=False), GOLDEN / f"{name}.py.txt"
+    if update_golden:
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_run_rewrites_nothing(name: str) -> None:
+    once, _ = rewritten(CASES[name](), "canonicalize")
+    _, again = rewritten(once, "canonicalize")
+    assert again.rewrites == {}
+    fused, _ = rewritten(once, "fuse-groups")
+    _, again = rewritten(fused, "fuse-groups")
+    assert again.rewrites == {}
+
+
+def test_constants_fold_and_dead_code_goes() -> None:
+    def function(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        torch.relu(x)
+        return x * (m.a.weight.sum(0) + 1)
+
+    program, step = rewritten(captured(function, torch.randn(4, 8)), "canonicalize")
+    assert step.rewrites["constant folded"] == 2
+    assert targets(program) == ["aten.mul.Tensor"]
+
+
+def test_views_cancel_and_equal_nodes_merge() -> None:
+    def function(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        swapped = x.transpose(0, 1).transpose(0, 1)
+        return torch.relu(swapped.reshape(2, 16).reshape(4, 8)) + torch.relu(x)
+
+    program, _ = rewritten(captured(function, torch.randn(4, 8)), "canonicalize")
+    assert targets(program) == ["aten.relu.default", "aten.add.Tensor"]
+
+
+def test_adding_zero_stays_for_floats() -> None:
+    """-0.0 + 0 is 0.0: dropping it would change a bit."""
+    program, _ = rewritten(captured(lambda m, x: torch.relu(x) + 0, torch.randn(4, 8)), "canonicalize")
+    assert targets(program) == ["aten.relu.default", "aten.add.Tensor"]
+
+
+def test_a_true_mask_goes_and_what_remains_is_by_key() -> None:
+    program, step = rewritten(CASES["attention"](), "canonicalize")
+    assert step.rewrites["and with true removed"] == 1
+    assert "aten.__and__.Tensor" not in targets(program)
+
+
+def test_attention_scale_moves_into_the_query_weights() -> None:
+    program, step = rewritten(CASES["attention"](), "canonicalize")
+    assert step.rewrites["attention scale folded"] == 1
+    node = next(n for n in program.nodes() if n.target is ops.ATTENTION)
+    assert node.kwargs["scale"] == 1.0
+
+
+def test_attention_scale_stays_where_the_query_is_shared() -> None:
+    def function(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        q = m.a(x)
+        return F.scaled_dot_product_attention(q, q, q)
+
+    _, step = rewritten(captured(function, torch.randn(2, 4, 8)), "canonicalize")
+    assert "attention scale folded" not in step.rewrites
+    assert [r.reason for r in step.refusals] == ["the query is used elsewhere too"]
+    assert "test_passes.py" in step.refusals[0].where
+
+
+def test_linear_takes_activation_residual_norm_and_the_next_layer() -> None:
+    program, step = rewritten(CASES["feed_forward"](), "canonicalize", "fuse-groups")
+    assert step.rewrites == {"linear group": 1}
+    assert [n.op for n in program.nodes() if n.op.startswith("call")] == ["call_module"]
+
+
+def test_a_value_that_others_read_is_stored() -> None:
+    def function(m: Plain, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = m.a(x)
+        return torch.relu(y), torch.tanh(y)
+
+    program, step = rewritten(captured(function, torch.randn(4, 8)), "canonicalize", "fuse-groups")
+    assert "aten.linear.default" in targets(program)
+    assert any("is used by 2 ops, so it is stored" in r.reason for r in step.refusals)
+
+
+def test_a_hidden_layer_that_is_also_an_output_ends_the_chain() -> None:
+    def function(m: Plain, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = m.a(x)
+        return y, m.b(y)
+
+    program, step = rewritten(captured(function, torch.randn(4, 8)), "canonicalize", "fuse-groups")
+    assert targets(program) == ["aten.linear.default", "aten.linear.default"]
+    assert any("is also read by output" in r.reason for r in step.refusals)
+
+
+def test_layers_too_wide_for_the_cache_are_not_chained() -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4096), nn.Linear(4096, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(self.a(x))
+
+    program = capture(Wide().eval(), (torch.randn(4, 8),))[0]
+    _, step = rewritten(program, "canonicalize", "fuse-groups")
+    assert any("do not fit the second-level cache" in r.reason for r in step.refusals)
+
+
+def test_fusing_needs_a_canonical_graph() -> None:
+    with pytest.raises(Exception, match="needs 'canonical'"):
+        rewritten(CASES["feed_forward"](), "fuse-groups")
+
+
+def test_every_op_class_has_an_implementation() -> None:
+    assert set(semantics.ELEMENTWISE) == ops.ELEMENTWISE
+    assert set(semantics.VIEWS) == ops.VIEWS
+    assert set(semantics.GENERATORS) == ops.GENERATORS
+    assert set(semantics.GATHERS) == ops.GATHERS
+    assert set(rowwise.ROWS) == ops.ROWS
+    assert set(rowwise.REDUCTIONS) == ops.REDUCTIONS
+    assert lower.LINEAR is ops.LINEAR
+
+
+UNARY = [torch.relu, torch.tanh, torch.neg, torch.abs, lambda t: t * 1, lambda t: t.transpose(0, 1).transpose(0, 1)]
+MIXING = [torch.add, torch.mul, torch.maximum, lambda a, b: torch.softmax(a, -1) + b]
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), rows=st.integers(2, 5), columns=st.integers(1, 9))
+def test_random_graphs_keep_their_values(data: st.DataObject, rows: int, columns: int) -> None:
+    """The runner compares every pass in fp64: exactly for fusing, to the declared tolerance for canonicalize."""
+    step = st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(0, 9))
+    steps = data.draw(st.lists(step, min_size=1, max_size=7))
+
+    def function(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        values = [x]
+        for unary, mixing, which in steps:
+            operand = values[which % len(values)]
+            values.append(MIXING[mixing](UNARY[unary](values[-1]), operand))
+        return values[-1]
+
+    program = captured(function, torch.randn(rows, columns))
+    after, step = rewritten(program, "canonicalize", "fuse-groups")
+    assert step.max_error == 0.0
+    assert verify.relative_error(program.run(*program.example)[0], after.run(*program.example)[0]) <= 1e-6
