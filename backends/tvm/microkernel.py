@@ -44,7 +44,7 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
     Parameters: A, B, C, ahead, with ``biased`` the row that the sums start from, then lda, ldb, ldc, K, and with
     ``ragged`` the number of lanes of the last vector to store.
     Strides are in elements. One cache line from ``ahead`` on is fetched into the second-level cache every ``UNROLL``
-    steps: the weights that the next tiles multiply would otherwise arrive late. Every row is computed by the same
+    steps: the weights that the next tiles multiply would otherwise arrive late. So are the lines of C. Every row is computed by the same
     sequence of operations whatever ``rows`` is, so results do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
@@ -65,9 +65,13 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
                 for register, column in zip(row, panel, strict=True):
                     T.buffer_store(register, register[whole] + scalar * column, [whole])
 
+        if biased:  # a linear layer's result, which is not in the cache yet; attention's is
+            for i in range(rows):
+                for v in range(vectors):
+                    prefetch(T.address_of(c[i * ldc + v * lanes]), level=1, write=True)
         blocks = T.floordiv(depth, UNROLL)
         with T.serial(0, blocks) as block:
-            prefetch(T.address_of(ahead[block * (CACHE_LINE // 4)]))
+            prefetch(T.address_of(ahead[block * (CACHE_LINE // 4)]), level=2)
             for u in range(UNROLL):
                 step(block * UNROLL + u)
         with T.serial(0, depth - blocks * UNROLL) as k:
@@ -88,10 +92,10 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
 CACHE_LINE = 64
 
 
-def prefetch(address: Expr) -> None:
-    """Emit a fetch of one cache line into the second-level cache; any address is allowed."""
-    read, second_level, data = i32(0), i32(2), i32(1)
-    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, read, second_level, data))
+def prefetch(address: Expr, *, level: int, write: bool = False) -> None:
+    """Emit a fetch of one cache line into a cache level, to be read or written; any address is allowed."""
+    locality, data = i32(4 - level), i32(1)
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, i32(int(write)), locality, data))
 
 
 def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool, biased: bool) -> str:
