@@ -11,7 +11,7 @@ import torch
 
 from planish import models
 from planish.bench import inductor, limits, memory, overhead
-from planish.bench.kernels import gemm_rows, kernel_rows
+from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
 from planish.bench.latency import MIN_ROUNDS, interleave
 from planish.bench.quality import outputs, quality
 from planish.bench.result import BenchResult, make_row
@@ -62,8 +62,6 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
     loaded = models.load(options.model)
     batches = loaded.data.batches(options.docs, options.batch, options.max_len)
     with torch.inference_mode(), limits.probe(options.threads) as probe:
-        log("the machine's limits")
-        limits_before = limits.measure(probe)
         log(f"compiling {options.model}, twice")
         compiled, compile_times = _compile_twice(compile_model, loaded)
         log("compiling with inductor, both modes")
@@ -76,12 +74,13 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         times = interleave({n: inductor.run_all(c, batches) for n, c in calls.items()}, options.rounds)
         reference = outputs(loaded.model, batches, loaded.metric)
         qualities = {n: quality(c, reference, batches, loaded.metric) for n, c in calls.items()}
-        log("each kernel alone, call overhead")
-        limits_found = limits.combine(limits_before, limits.measure(probe))
+        log("the machine's limits, each kernel alone, call overhead")
+        limits_before = limits.measure(probe)
         rows = [make_row(n, times, qualities[n], _versus(n, calls)) for n in calls]
         probes = _probe_batches(loaded, batches)
-        peak = limits_found["fma_gflops"]
-        kernels = gemm_rows(compile_model, loaded.model, peak) + kernel_rows(compiled, probes, peak)
+        kernels = gemm_rows(compile_model, loaded.model) + kernel_rows(compiled, probes)
+        limits_found = limits.combine(limits_before, limits.measure(probe))
+        kernels = with_shares(kernels, limits_found["fma_gflops"])
         extra = {
             "batches": [list(b["input_ids"].shape) for b in batches],
             **compile_times,

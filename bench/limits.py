@@ -68,7 +68,7 @@ def measure(tool: Probe) -> dict[str, float]:
 
 
 def combine(*runs: dict[str, float]) -> dict[str, Any]:
-    """The limits object of the JSON from measurements before and after the timings: the best of each counts.
+    """The limits object of the JSON from measurements before and after the timings: the higher of each counts.
 
     Returns:
         ``fma_gflops`` at the widest instruction set, which ``isa`` names; ``read_gbs``; ``fma_gflops_by_isa``; and

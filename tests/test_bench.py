@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from planish.bench import encoder, inductor, limits, memory, overhead, report, result
-from planish.bench.kernels import kernel_rows
+from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
 from planish.errors import TargetError, ToolchainError
 
@@ -123,7 +123,7 @@ def _compile(model: torch.nn.Module, inputs: object = None, **_: object) -> _Com
 
 def test_kernel_rows_give_the_share_of_the_peak() -> None:
     batch = {"input_ids": torch.zeros(4, 250, dtype=torch.int64)}
-    gemm, norm = kernel_rows(_Compiled(torch.nn.Identity()), [batch], fma_gflops=2000.0)
+    gemm, norm = with_shares(kernel_rows(_Compiled(torch.nn.Identity()), [batch]), 2000.0)
     assert (gemm.name, gemm.shape, gemm.batch, gemm.calls) == ("gemm", [1000, 1536, 384], [4, 250], 6)
     assert gemm.gflops == pytest.approx(2 * 1000 * 1536 * 384 / 1e6)
     assert gemm.share_of_limit == pytest.approx(gemm.gflops / 2000.0)

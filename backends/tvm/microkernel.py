@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -42,10 +43,10 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
     Parameters: A, B, C, ahead, with ``biased`` the row that the sums start from, then lda, ldb, ldc, K, and with
-    ``ragged`` the number of lanes of the last vector to store.
-    Strides are in elements. One cache line from ``ahead`` on is fetched into the second-level cache every ``UNROLL``
-    steps: the weights that the next tiles multiply would otherwise arrive late. So are the lines of C. Every row is computed by the same
-    sequence of operations whatever ``rows`` is, so results do not depend on how rows are cut into tiles.
+    ``ragged`` the number of lanes of the last vector to store. Strides are in elements. One cache line from ``ahead``
+    on is fetched into the second-level cache every ``UNROLL`` steps: the weights that the next tiles multiply would
+    otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
+    do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
         pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * (4 + biased), 4 + ragged, align=4)
@@ -77,16 +78,22 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
         with T.serial(0, depth - blocks * UNROLL) as k:
             step(blocks * UNROLL + k)
         for i, row in enumerate(acc):
-            for v, register in enumerate(row):
-                if last is None or v < vectors - 1:
-                    T.buffer_store(c, register[whole], [lanes_at(i * ldc + v * lanes, lanes)])
-                else:
-                    spill = T.alloc_buffer((lanes,), "float32")
-                    T.buffer_store(spill, register[whole], [whole])
-                    with T.serial(0, last) as j:
-                        T.buffer_store(c, spill[j], [i * ldc + v * lanes + j])
+            _store_row(row, c, i * ldc, lanes, last)
     assert f.func is not None
     return f.func
+
+
+def _store_row(row: list[Any], c: Any, at: Expr, lanes: int, last: Expr | None) -> None:
+    """Store a row's accumulators from ``at`` on; of the last one only ``last`` lanes, if given."""
+    whole = T.ramp(0, 1, lanes)
+    for v, register in enumerate(row):
+        if last is None or v < len(row) - 1:
+            T.buffer_store(c, register[whole], [lanes_at(at + v * lanes, lanes)])
+        else:
+            spill = T.alloc_buffer((lanes,), "float32")
+            T.buffer_store(spill, register[whole], [whole])
+            with T.serial(0, last) as j:
+                T.buffer_store(c, spill[j], [at + v * lanes + j])
 
 
 CACHE_LINE = 64
