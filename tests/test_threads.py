@@ -1,5 +1,6 @@
 """Concurrent calls, threads that come and go, forks, bits, aliasing and memory."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 
 import planish
 from planish import Dim
+from planish.errors import KernelError
 
 DYNAMIC = {"x": {0: Dim("batch", 1, 64)}}
 
@@ -224,3 +226,21 @@ def test_models_are_freed() -> None:
         del model, cm
     gc.collect()
     assert [ref() for ref in alive] == [None] * 3
+
+
+def test_a_kernel_without_scratch_memory_is_an_error() -> None:
+    """Not a crash, and not silently wrong values: the calls after it are left out and the caller is told."""
+    torch.manual_seed(0)
+    layers = (torch.nn.Linear(64, 64), torch.nn.GELU(), torch.nn.Linear(64, 64))
+    cm = planish.compile(torch.nn.Sequential(*layers).eval(), (torch.randn(700, 64),))
+    kind = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_uint64, ctypes.c_int, ctypes.c_int)
+    refuse = kind(lambda *_: None)
+    library = cm._compiled.executable._lib
+    allocate = ctypes.c_void_p.in_dll(library, "__TVMBackendAllocWorkspace")
+    working, allocate.value = allocate.value, ctypes.cast(refuse, ctypes.c_void_p).value
+    try:
+        with pytest.raises(KernelError, match="scratch memory"):
+            cm(torch.randn(700, 64))
+    finally:
+        allocate.value = working
+    assert torch.isfinite(cm(torch.randn(700, 64))).all()

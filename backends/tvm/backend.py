@@ -33,7 +33,7 @@ class TvmBackend:
         lowering.lower()
         constants = [(i, constant(program.module, n).detach(), layout, w) for i, n, layout, w in lowering.constants]
         blob, offsets = build_blob(constants, target.lanes)
-        main = build_main(program, lowering.plan, lowering.outputs, offsets, lowering.module)
+        main = build_main(program, lowering.plan, lowering.outputs, offsets)
         objects = _machine_code(lowering.module, main)
         functions = lowering.module.functions | lowering.module.tiles | {ENTRY: main}
         tir = {name: func.script() for name, func in functions.items()}

@@ -19,6 +19,9 @@ from planish.targets import Target
 ENTRY = "planish_main"
 """C name of the model's function."""
 
+STATUS_FAILED = 2
+"""Status word after a kernel failed; 1 is an index out of range (``Evaluator.checked``)."""
+
 RESERVED = ALIGN
 """Bytes at the start of an arena that hold the status word."""
 
@@ -49,21 +52,20 @@ def lowering_passes() -> tvm.transform.Pass:
     )
 
 
-def build_main(
-    program: Program, plan: Plan, outputs: list[int], offsets: dict[int, int], module: Module
-) -> tirx.PrimFunc:
+def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[int, int]) -> tirx.PrimFunc:
     """The model's function: kernel calls in order.
 
     ``planish_main(input*, ..., output*, ..., weights, arena, table, dim, ..., first, last)`` runs the calls with
-    ``first <= index < last``. ``table`` holds the byte offset in the arena of every arena buffer, in order of the
-    plan; ``offsets`` the constant offset of every constant in the weights blob. The status word is the arena's first.
+    ``first <= index < last``, up to the first that fails. ``table`` holds the byte offset in the arena of every arena
+    buffer, in order of the plan; ``offsets`` the offset of every constant in the weights blob. The status word, the
+    arena's first, says what went wrong (TVM can return nothing but 0 from here).
     """
     arena_slots = {b: slot for slot, b in enumerate(i for i, b in enumerate(plan.buffers) if b.kind == "arena")}
     with function(ENTRY) as f:
         tensors = [i for i, b in enumerate(plan.buffers) if b.kind == "input"] + list(dict.fromkeys(outputs))
         types = ["uint8"] * (len(tensors) + 2) + ["int64"]
-        (*pointers, weights, arena, table), (*dims, first, last) = f.parameters(types, len(program.dims) + 2)
-        given = dict(zip(tensors, pointers, strict=True))
+        (*tensor_pointers, weights, arena, table), (*dims, first, last) = f.parameters(types, len(program.dims) + 2)
+        given = dict(zip(tensors, tensor_pointers, strict=True))
 
         def address(buffer: int) -> Expr:
             if buffer == STATUS:
@@ -74,17 +76,23 @@ def build_main(
                 return T.address_of(weights[tirx.const(offsets[buffer], "int64")])
             return T.address_of(arena[table[arena_slots[buffer]]])
 
+        code = T.alloc_buffer((1,), "int32")
+        T.buffer_store(code, i32(0), [0])
         for index, call in enumerate(plan.calls):
-            with T.If(tirx.And(first <= i32(index), i32(index) < last)), T.Then():
-                T.evaluate(module.globals[call.kernel](*[address(b) for b in call.operands], *dims))
+            wanted = tirx.And(tirx.And(first <= i32(index), i32(index) < last), tirx.EQ(code[0], i32(0)))
+            with T.If(wanted), T.Then():
+                pointers = [address(b) for b in call.operands]
+                T.buffer_store(code, T.call_extern("int32", call.kernel, *pointers, *dims), [0])
+                with T.If(tirx.NE(code[0], i32(0))), T.Then():
+                    T.buffer_store(arena, tirx.const(STATUS_FAILED, "uint8"), [0])
     assert f.func is not None
     return f.func
 
 
 def compile_module(module: Module, main: tirx.PrimFunc) -> list[tuple[bytes, str]]:
     """Object code and assembly text of the kernels with the model's function, and of the tiles."""
-    functions = {module.globals[name]: func for name, func in module.functions.items()}
-    functions[tvm.ir.GlobalVar(ENTRY)] = main
+    kernels = {name: func.with_attr("global_symbol", name) for name, func in module.functions.items()}
+    functions = {tvm.ir.GlobalVar(name): func for name, func in (kernels | {ENTRY: main}).items()}
     tiles = {tvm.ir.GlobalVar(name): func for name, func in module.tiles.items()}
     return [_object_code(f, llvm_target(module.target)) for f in (functions, tiles) if f]
 

@@ -13,7 +13,7 @@ import torch
 
 from planish.backends.base import KernelTime
 from planish.backends.tvm import runtime
-from planish.backends.tvm.codegen import ENTRY, RESERVED
+from planish.backends.tvm.codegen import ENTRY, RESERVED, STATUS_FAILED
 from planish.backends.tvm.pack import aligned
 from planish.errors import InputError, KernelError
 from planish.plan import ALIGN, Plan
@@ -93,7 +93,7 @@ class TvmExecutable:
         status = ctypes.c_int32.from_address(base)
         status.value = 0
         self._set_threads(torch.get_num_threads())
-        code = self._main(
+        self._main(
             *[t.data_ptr() for t in inputs],
             *[t.data_ptr() for t in outputs],
             self._blob.data_ptr(),
@@ -103,8 +103,8 @@ class TvmExecutable:
             first,
             last,
         )
-        if code:
-            raise KernelError(f"native code returned {code}", fix="report this with the dump of the compile")
+        if status.value == STATUS_FAILED:
+            raise KernelError("a kernel could not get its scratch memory", fix="free memory, or use fewer threads")
         if status.value:
             raise InputError(
                 "an index tensor holds a value outside the table it indexes",

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import tvm
 import tvm_ffi
 from torch import fx
 from tvm import tirx
@@ -55,7 +54,6 @@ class Module:
     target: Target
     functions: dict[str, tirx.PrimFunc] = field(default_factory=dict[str, tirx.PrimFunc])
     tiles: dict[str, tirx.PrimFunc] = field(default_factory=dict[str, tirx.PrimFunc])
-    globals: dict[str, tvm.ir.GlobalVar] = field(default_factory=dict[str, tvm.ir.GlobalVar])
     _by_hash: dict[int, list[str]] = field(default_factory=dict[int, list[str]])
 
     def tile(self, name: str, build: Callable[[], tirx.PrimFunc]) -> str:
@@ -73,7 +71,6 @@ class Module:
         name = f"{stem}_{sum(n.rsplit('_', 1)[0] == stem for n in self.functions)}"
         self._by_hash[key].append(name)
         self.functions[name] = func
-        self.globals[name] = tvm.ir.GlobalVar(name)
         return name
 
 
