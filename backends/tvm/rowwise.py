@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
-from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, lanes_at, splat
+from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, lanes_at, lanes_of, splat
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
 from planish.ops import argument, aten
@@ -60,7 +60,11 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def maximum(a: Expr, b: Expr) -> Expr:
     """Maximum that keeps NaN ("a > b ? a : b" keeps a NaN of b)."""
-    return tirx.Select(T.isnan(a), a, T.max(a, b))
+    # In memory (a register in the end), or TVM inlines each of the uses of ``a``: combining lanes pairwise nests them.
+    whole = lanes_at(i32(0), lanes_of(a))
+    kept = T.alloc_buffer((lanes_of(a),), "float32")
+    T.buffer_store(kept, a, [whole])
+    return tirx.Select(T.isnan(kept[whole]), kept[whole], T.max(kept[whole], b))
 
 
 def normalise_row(
