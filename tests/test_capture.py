@@ -555,3 +555,19 @@ def test_ops_of_several_results_and_weights_from_inputs() -> None:
 def test_reshape_not_view() -> None:
     program, _ = capture(torch.nn.Flatten().eval(), (torch.randn(2, 3, 4),))
     assert [n.target for n in program.nodes() if n.op == "call_function"] == [aten.reshape.default]
+
+
+@pytest.mark.parametrize(
+    ("other", "reason"), [("k", "query and key have different"), ("v", "key and value have different")]
+)
+def test_attention_that_broadcasts_is_refused(other: str, reason: str) -> None:
+    """The kernel reads each operand for every (batch, head): a broadcast one would be read out of bounds."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    inputs = {name: torch.randn(1 if name == other else 2, 2, 5, 16) for name in "qkv"}
+    for passes in ([], None):
+        with pytest.raises(UnsupportedOpsError, match=reason):
+            planish.compile(Attend().eval(), inputs, passes=passes)

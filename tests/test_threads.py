@@ -105,7 +105,7 @@ def test_short_lived_threads_leave_no_threads(compiled: planish.CompiledModel) -
 
 
 CHILD = """
-import os, sys, threading, torch, planish
+import os, signal, sys, torch, planish
 torch.set_num_threads(2)
 model = torch.nn.Sequential(torch.nn.Linear(48, 96), torch.nn.LayerNorm(96)).eval()
 x = torch.randn(600, 48)
@@ -113,6 +113,7 @@ cm = planish.compile(model, (x,), dynamic={"input": {0: planish.Dim("b", 1, 600)
 want = cm(x).numpy()  # torch's own operators would wait for OpenMP threads that the child does not have
 pid = os.fork()
 if pid == 0:
+    signal.alarm(60)  # a child that hangs must not outlive the test
     try:
         ok = (cm(x).numpy() == want).all()
     except planish.PlanishError as error:

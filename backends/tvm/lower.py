@@ -87,11 +87,13 @@ def _linear_reason(node: fx.Node) -> str | None:
 
 
 def _attention_reason(node: fx.Node) -> str | None:
-    q, k = (a.meta["val"] for a in node.args[:2])  # pyright: ignore
+    q, k, v = (a.meta["val"] for a in node.args[:3])  # pyright: ignore
     if argument(node, 4, "dropout_p", 0.0):
         return "dropout in attention is training"
     if q.shape[:-2] != k.shape[:-2]:
         return "query and key have different heads or batches"
+    if k.shape[:-1] != v.shape[:-1]:
+        return "key and value have different heads, batches or lengths"
     if isinstance(q.shape[-1], torch.SymInt):
         return "the head size must be fixed"
     return None
