@@ -57,7 +57,6 @@ def gemm_rows(compile_model: Callable[..., Any], model: torch.nn.Module, repeats
         compiled = compile_model(torch.nn.Linear(k, n).eval(), inputs, dynamic=dims)
         for m in GEMM_ROWS:
             x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
-            compiled.kernels({"input": x}, repeats=repeats)  # warm-up: clock, caches and the thread team
             (time,) = compiled.kernels({"input": x}, repeats=repeats)
             gflops = time.flops / time.ms / 1e6
             rows.append(KernelRow("linear", "gemm", [m, n, k], calls, [m, k], time.ms, gflops, None))

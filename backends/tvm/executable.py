@@ -26,6 +26,11 @@ _ARENAS = 8
 """Most arenas kept for later calls."""
 
 
+_ROUNDS = 7
+_ROUND_SECONDS = 0.02
+"""How ``kernels`` spreads its timed calls."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Everything about a call that depends on the sizes only."""
@@ -137,8 +142,9 @@ class TvmExecutable:
     def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
         """Time of each kernel alone, on the values that the whole model left in the arena.
 
-        It is the median of ``repeats`` calls less the median of calls that run no kernel: what the kernel takes inside
-        the model, where one native call runs them all.
+        It is the median of at least ``repeats`` calls less the median of calls that run no kernel: what the kernel
+        takes inside the model, where one native call runs them all. The calls are spread over ``_ROUNDS`` rounds of at least
+        ``_ROUND_SECONDS`` each: a short kernel timed in one go shows what else the machine did in that millisecond.
         """
         layout = self._layout(dims)
         ready = [_ready(t) for t in tensors]
@@ -146,25 +152,32 @@ class TvmExecutable:
         arena = aligned(layout.arena_bytes)
         sizes = tuple(dims.values())
         self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
-        rows: dict[tuple[str, tuple[int, ...]], list[tuple[float, int, str]]] = {}
 
-        def seconds(first: int, last: int) -> float:
+        def sample(first: int, last: int) -> list[float]:
             times: list[float] = []
-            for _ in range(repeats):
+            while len(times) < repeats / _ROUNDS or sum(times) < _ROUND_SECONDS:
                 start = time.perf_counter()
                 self._run(ready, outputs, arena, layout, sizes, first, last)
                 times.append(time.perf_counter() - start)
-            return statistics.median(times)
+            return times
 
-        empty = seconds(0, 0)
+        groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for index, call in enumerate(self.plan.calls):
-            alone = seconds(index, index + 1) - empty
             shape = tuple(evaluate(s, dims) for s in call.shape)
-            rows.setdefault((call.kernel, shape), []).append((alone * 1e3, evaluate(call.flops, dims), call.op))
-        return [
-            KernelTime(name, times[0][2], shape, statistics.median(t[0] for t in times), times[0][1], len(times))
-            for (name, shape), times in rows.items()
-        ]
+            groups.setdefault((call.kernel, shape), []).append(index)
+        empty: list[float] = []
+        samples: dict[tuple[str, tuple[int, ...]], list[float]] = {key: [] for key in groups}
+        for r in range(_ROUNDS):
+            empty += sample(0, 0)
+            for key, indices in groups.items():
+                index = indices[r % len(indices)]
+                samples[key] += sample(index, index + 1)
+        rows: list[KernelTime] = []
+        for (name, shape), indices in groups.items():
+            call = self.plan.calls[indices[0]]
+            alone = statistics.median(samples[name, shape]) - statistics.median(empty)
+            rows.append(KernelTime(name, call.op, shape, alone * 1e3, evaluate(call.flops, dims), len(indices)))
+        return rows
 
     def sources(self) -> list[tuple[str, str, str]]:
         """(name, TIR, assembly) of every function; small kernels are inlined into the model's function."""
