@@ -143,8 +143,8 @@ class TvmExecutable:
         """Time of each kernel alone, on the values that the whole model left in the arena.
 
         It is the median of at least ``repeats`` calls less the median of calls that run no kernel: what the kernel
-        takes inside the model, where one native call runs them all. The calls are spread over ``_ROUNDS`` rounds of at least
-        ``_ROUND_SECONDS`` each: a short kernel timed in one go shows what else the machine did in that millisecond.
+        takes inside the model, where one native call runs them all. The calls are spread over ``_ROUNDS`` rounds of at
+        least ``_ROUND_SECONDS`` each: a short kernel timed in one go shows what else the machine did just then.
         """
         layout = self._layout(dims)
         ready = [_ready(t) for t in tensors]
