@@ -187,6 +187,9 @@ class Lowering:
         if node.target in ALIASES and node.args[0] in self.place and self._is_plain(node.args[0]):
             self.place[node] = self.place[node.args[0]]
             return
+        if any(s == 0 for s in self.program.shape(node)):
+            self.place[node] = self.buffer(node, "output" if node in direct else "arena")
+            return
         region, outer = self._region(node)
         self._lower_region(region, outer, node, direct)
 

@@ -24,7 +24,7 @@ from planish.backends.tvm.rowwise import (
     row_kernel,
     store,
 )
-from planish.backends.tvm.scalars import compute_dtype, stored
+from planish.backends.tvm.scalars import compute_dtype, divide, stored
 from planish.ops import aten
 from planish.program import Program
 
@@ -103,7 +103,7 @@ def _folded(k: Kernel, anchor: fx.Node, x: fx.Node, index: tuple[Expr, ...], siz
 
     value = accumulate(k, size, fold.start(dtype), fold.combine, at, lanes, DTYPES[dtype])
     if fold.divide:
-        value = T.bind(value / cast(size, dtype))
+        value = T.bind(divide(value, cast(size, dtype)))
     return cast(value, torch.bool) if wanted is torch.bool else value
 
 

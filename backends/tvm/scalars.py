@@ -230,6 +230,15 @@ def _compare(function: Callable[[Expr, Expr], Expr]) -> Scalar:
     return lambda node, operand: function(*_operands(node, operand, _common(node), 2))
 
 
+def _reflexive(function: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
+    """A comparison that holds for equal values; TVM takes a value to equal itself, which a NaN does not."""
+
+    def run(a: Expr, b: Expr) -> Expr:
+        return tirx.Not(T.isnan(a)) if a is b and "float" in dtype_of(a) else function(a, b)
+
+    return run
+
+
 def _logical(function: Callable[[Expr, Expr], Expr]) -> Scalar:
     return lambda node, operand: function(*_operands(node, operand, torch.bool, 2))
 
@@ -280,7 +289,7 @@ def _quotient(rounded: str) -> Callable[[Expr, Expr], Expr]:
 
     def run(a: Expr, b: Expr) -> Expr:
         if "float" in dtype_of(a):
-            return T.trunc(a / b) if rounded == "trunc" else _floor_quotient(a, b)
+            return T.trunc(divide(a, b)) if rounded == "trunc" else _floor_quotient(a, b)
         a, b, trap, safe = _safe_divisor(a, b)
         whole = T.truncdiv(a, safe) if rounded == "trunc" else T.floordiv(a, safe)
         return tirx.Select(trap, tirx.Select(tirx.EQ(b, zero(b)), zero(a), zero(a) - a), whole)
@@ -324,7 +333,7 @@ def _c_remainder(a: Expr, b: Expr) -> Expr:
 def _divided(node: fx.Node, operand: Operand) -> Expr:
     rounding = argument(node, 2, "rounding_mode")
     a, b = _operands(node, operand, _result(node), 2)
-    return a / b if rounding is None else _quotient(rounding)(a, b)
+    return divide(a, b) if rounding is None else _quotient(rounding)(a, b)
 
 
 def _power(node: fx.Node, operand: Operand) -> Expr:
@@ -417,17 +426,19 @@ def _mul(a: Expr, b: Expr) -> Expr:
     return a * b
 
 
-def _div(a: Expr, b: Expr) -> Expr:
-    return a / b
+def divide(a: Expr, b: Expr) -> Expr:
+    """a / b of floating-point values; TVM refuses to fold a division by the constant 0, so that one is kept from it."""
+    number = b.value if isinstance(b, tirx.Broadcast) else b
+    return a / (stored(b) if isinstance(number, tirx.FloatImm) and not number.value else b)
 
 
 _AND = _bitwise(lambda a, b: tirx.And(a, b), lambda a, b: a & b)
 _OR = _bitwise(lambda a, b: tirx.Or(a, b), lambda a, b: a | b)
 _XOR = _bitwise(_exclusive, lambda a, b: a ^ b)
 _LEFT, _RIGHT = _shift(T.shift_left), _shift(T.shift_right)
-_EQUAL, _DIFFERENT = _compare(lambda a, b: tirx.EQ(a, b)), _compare(not_equal)
-_LESS, _LESS_EQUAL = _compare(lambda a, b: a < b), _compare(lambda a, b: a <= b)
-_GREATER, _GREATER_EQUAL = _compare(lambda a, b: a > b), _compare(lambda a, b: a >= b)
+_EQUAL, _DIFFERENT = _compare(_reflexive(lambda a, b: tirx.EQ(a, b))), _compare(not_equal)
+_LESS, _LESS_EQUAL = _compare(lambda a, b: a < b), _compare(_reflexive(lambda a, b: a <= b))
+_GREATER, _GREATER_EQUAL = _compare(lambda a, b: a > b), _compare(_reflexive(lambda a, b: a >= b))
 
 ELEMENTWISE: dict[Any, Scalar] = {
     aten.add.Tensor: _binary(_add),
@@ -437,8 +448,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
     aten.rsub.Scalar: _reversed_sub,
     aten.mul.Tensor: _pair(_mul),
     aten.mul.Scalar: _pair(_mul),
-    aten.div.Tensor: _pair(_div),
-    aten.div.Scalar: _pair(_div),
+    aten.div.Tensor: _pair(divide),
+    aten.div.Scalar: _pair(divide),
     aten.div.Tensor_mode: _divided,
     aten.div.Scalar_mode: _divided,
     aten.floor_divide.default: _pair(_quotient("floor")),
