@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_ROUNDS = 7
+from planish.bench import MIN_ROUNDS
+
 _RESAMPLES = 10_000
 
 
