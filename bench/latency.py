@@ -9,8 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planish.bench import MIN_ROUNDS
-
 _RESAMPLES = 10_000
 
 
