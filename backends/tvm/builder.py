@@ -123,6 +123,21 @@ def as_int(value: Expr) -> int | None:
     return value if isinstance(value, int) else int(value.value) if isinstance(value, tirx.IntImm) else None
 
 
+def keep(value: Expr) -> Expr:
+    """The value, computed once: through memory of the kernel's own, which LLVM makes a register.
+
+    ``T.bind`` is not enough for what is computed from bound values: TVM substitutes each into all its uses, again and
+    again, which grows exponentially. It also hides integers from TVM's interval analysis, which fails on some.
+    """
+    lanes, boolean = lanes_of(value), dtype_of(value) == "bool"
+    place = T.alloc_buffer((lanes,), "uint8" if boolean else dtype_of(value))
+    whole = lanes_at(i32(0), lanes)
+    if boolean:  # not a cast: TVM's interval analysis fails on casts of bool vectors
+        value = tirx.Select(value, splat(1, lanes, "uint8"), splat(0, lanes, "uint8"))
+    T.buffer_store(place, value, [whole])
+    return tirx.NE(place[whole], splat(0, lanes, "uint8")) if boolean else T.bind(place[whole])
+
+
 def for_vectors(extent: Expr, lanes: int) -> Iterator[tuple[Expr, int]]:
     """Emit loops over ``0..extent`` by whole vectors, then element by element; yields (start, lanes) for each body.
 
