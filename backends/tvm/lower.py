@@ -12,13 +12,16 @@ from torch import fx
 from planish.backends.base import Unsupported
 from planish.backends.tvm.attention import lower_attention, matrix, result_matrix
 from planish.backends.tvm.builder import Function, function
+from planish.backends.tvm.conv import conv_reason, lower_direct
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
 from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
+from planish.backends.tvm.pool import is_channel_mean, lower_channel_mean, lower_pool, pool_reason
 from planish.backends.tvm.rowwise import REDUCTIONS, ROWS, lower_reduction, lower_rows, norm_reason, reduction_reason
 from planish.backends.tvm.semantics import ELEMENTWISE, FLOAT_ONLY, GATHERS, GENERATORS, VIEWS, index_reason
+from planish.conv_ops import CONVOLUTIONS, POOLS
 from planish.ops import ATTENTION, LAYER_NORM, LINEAR, argument, aten
 from planish.plan import Buffer, Call, Plan
 from planish.program import Program, source_line
@@ -71,6 +74,12 @@ def _op_reason(node: fx.Node) -> str | None:
         return index_reason(node)
     if target in VIEWS or target in GENERATORS or target in GATHERS:
         return None
+    if target is aten.mean.dim and is_channel_mean(node) and node.meta["val"].dtype is torch.float32:
+        return None
+    if target in CONVOLUTIONS:
+        return conv_reason(node)
+    if target in POOLS:
+        return pool_reason(node)
     checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, LAYER_NORM: norm_reason}
     if target in checks:
         return checks[target](node)
@@ -245,9 +254,15 @@ class Lowering:
             return lower_linear(module, program, region)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
+        if anchor := region.find(CONVOLUTIONS):
+            return lower_direct(module, program, region, anchor, lanes)
+        if anchor := region.find(POOLS):
+            return lower_pool(module, program, region, anchor, lanes)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
+            if anchor.target is aten.mean.dim and is_channel_mean(anchor):
+                return lower_channel_mean(module, program, region, anchor, lanes)
             return lower_reduction(module, program, region, anchor, lanes)
         return lower_elementwise(module, program, region, lanes)
 

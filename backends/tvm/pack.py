@@ -24,8 +24,24 @@ def columns(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
     return torch.cat([panels, padded.t().reshape(-1)])
 
 
+def taps(weight: torch.Tensor, groups: int, lanes: int) -> torch.Tensor:
+    """A convolution's weight [O, C/groups, window...] as [window..., C/groups, O]."""
+    return weight.flatten(2).permute(2, 1, 0).reshape(-1)
+
+
+def transposed_taps(weight: torch.Tensor, groups: int, lanes: int) -> torch.Tensor:
+    """A transposed convolution's weight [C, O/groups, window...] as [window..., C/groups, O]."""
+    each = weight.unflatten(0, (groups, -1)).flatten(3)
+    return each.permute(3, 1, 0, 2).reshape(-1)
+
+
 Layout = Callable[[torch.Tensor, int, int], torch.Tensor]
-LAYOUTS: dict[str, Layout] = {"plain": lambda t, width, lanes: t.contiguous().view(-1), "columns": columns}
+LAYOUTS: dict[str, Layout] = {
+    "plain": lambda t, width, lanes: t.contiguous().view(-1),
+    "columns": columns,
+    "taps": taps,
+    "transposed_taps": transposed_taps,
+}
 """Layout name to packing function (tensor, width, lanes) -> flat tensor."""
 
 
