@@ -28,7 +28,8 @@ Index = tuple[Expr, ...]
 def conv_reason(node: fx.Node) -> str | None:
     """Why a convolution has no kernel here, or None."""
     x, weight, bias = node.args[:3]
-    assert isinstance(x, fx.Node) and isinstance(weight, fx.Node)
+    assert isinstance(x, fx.Node)
+    assert isinstance(weight, fx.Node)
     if any(isinstance(p, fx.Node) and p.op not in ("get_attr", "placeholder") for p in (weight, bias)):
         return "the weight and the bias of a convolution must be constants"
     if x.meta["val"].dim() != weight.meta["val"].dim():
@@ -52,14 +53,13 @@ def lower_direct(module: Module, program: Program, region: Region, anchor: fx.No
     with kernel(module, program, region, packed, skip=[conv.weight]) as (k, out, (weights,)):
         body = _Direct(k, conv, weights)
         batch, channels, spatial = window.split(k.ev.shape(anchor))
-        with positions(batch, spatial) as (n, place):
-            with T.serial(0, 1 if conv.is_depthwise else conv.groups) as group:
-                width = channels if conv.is_depthwise else channels // conv.groups
-                for start, count in for_vectors(width, lanes):
-                    channel = T.bind(group * width + start)
-                    value = body.sum(n, place, T.bind(group + 0), channel, count)
-                    index = window.join(n, lanes_at(channel, count), place)
-                    store_value(k, anchor, value, out, index, count)
+        groups = 1 if conv.is_depthwise else conv.groups
+        width = channels // groups
+        with positions(batch, spatial) as (n, place), T.serial(0, groups) as group:
+            for start, count in for_vectors(width, lanes):
+                channel = T.bind(group * width + start)
+                value = body.sum(n, place, group, channel, count)
+                store_value(k, anchor, value, out, window.join(n, lanes_at(channel, count), place), count)
     return lowered(k, program, "conv", anchor, conv)
 
 

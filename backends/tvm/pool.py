@@ -51,10 +51,8 @@ def lower_pool(module: Module, program: Program, region: Region, anchor: fx.Node
                 def combine(tap: Expr, at: Index, whole: Expr = whole, channel: Expr = channel) -> None:
                     value = T.bind(k.ev.at(x, window.join(n, channel, at)))
                     old = total[whole]  # noqa: B023  (called at once)
-                    if is_max:  # "old > value ? old : value" keeps a NaN of ``value`` and must keep one of ``old``
-                        new = tirx.Select(T.isnan(old), old, T.max(old, value))
-                    else:
-                        new = old + value
+                    # "old > value ? old : value" keeps a NaN of ``value``; one of ``old`` must stay too
+                    new = tirx.Select(T.isnan(old), old, T.max(old, value)) if is_max else old + value
                     T.buffer_store(total, new, [whole])  # noqa: B023
 
                 each_tap(window, place, sizes, combine)
