@@ -149,7 +149,12 @@ class _Layout:
         if node.target in MAX_POOLS:
             args = (*args, list(window.dilation), ceil_mode)
         else:
-            args = (*args, ceil_mode, argument(node, 5, "count_include_pad", True), argument(node, 6, "divisor_override"))
+            args = (
+                *args,
+                ceil_mode,
+                argument(node, 5, "count_include_pad", True),
+                argument(node, 6, "divisor_override"),
+            )
         target = MAX_POOL_LAST if node.target in MAX_POOLS else AVG_POOL_LAST
         assert node.target in MAX_POOLS | AVG_POOLS
         new = program.module.graph.call_function(target, (x.args[0], *args))

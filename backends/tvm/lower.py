@@ -13,6 +13,7 @@ from planish.backends.base import Unsupported
 from planish.backends.tvm.attention import lower_attention, matrix, result_matrix
 from planish.backends.tvm.builder import Function, function
 from planish.backends.tvm.conv import conv_reason, lower_direct
+from planish.backends.tvm.conv_gemm import is_gemm, lower_conv_gemm
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
@@ -255,6 +256,8 @@ class Lowering:
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
         if anchor := region.find(CONVOLUTIONS):
+            if is_gemm(anchor):
+                return lower_conv_gemm(module, program, region, anchor)
             return lower_direct(module, program, region, anchor, lanes)
         if anchor := region.find(POOLS):
             return lower_pool(module, program, region, anchor, lanes)

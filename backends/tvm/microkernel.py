@@ -78,12 +78,12 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
         with T.serial(0, depth - blocks * UNROLL) as k:
             step(blocks * UNROLL + k)
         for i, row in enumerate(acc):
-            _store_row(row, c, i * ldc, lanes, last)
+            store_row(row, c, i * ldc, lanes, last)
     assert f.func is not None
     return f.func
 
 
-def _store_row(row: list[Any], c: Any, at: Expr, lanes: int, last: Expr | None) -> None:
+def store_row(row: list[Any], c: Any, at: Expr, lanes: int, last: Expr | None) -> None:
     """Store a row's accumulators from ``at`` on; of the last one only ``last`` lanes, if given."""
     whole = T.ramp(0, 1, lanes)
     for v, register in enumerate(row):
