@@ -7,8 +7,6 @@ own for each pixel; the image is first copied into a frame of zeros if the convo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +14,8 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import TASKS, Expr, as_int, ceil_div, f32, for_vectors, i32, lanes_at, splat
+from planish.backends.tvm.builder import TASKS, Expr, ceil_div, f32, for_vectors, i32, lanes_at, splat
 from planish.backends.tvm.conv import lowered
-from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, gemm_tile

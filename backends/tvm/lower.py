@@ -14,6 +14,7 @@ from planish.backends.tvm.attention import lower_attention, matrix, result_matri
 from planish.backends.tvm.builder import Function, function
 from planish.backends.tvm.conv import conv_reason, lower_direct
 from planish.backends.tvm.conv_gemm import is_gemm, lower_conv_gemm
+from planish.backends.tvm.depthwise import is_depthwise, lower_depthwise
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
@@ -256,6 +257,8 @@ class Lowering:
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
         if anchor := region.find(CONVOLUTIONS):
+            if is_depthwise(anchor):
+                return lower_depthwise(module, program, region, anchor, lanes)
             if is_gemm(anchor):
                 return lower_conv_gemm(module, program, region, anchor)
             return lower_direct(module, program, region, anchor, lanes)
