@@ -9,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from planish.bench.latency import MIN_ROUNDS
+from planish.bench import MIN_ROUNDS
 from planish.errors import PlanishError
 
 app = typer.Typer(
-    help="Measures eager, inductor and compiled on real inputs, interleaved.",
+    help="Measures what planish does, against eager and inductor.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +32,7 @@ def main() -> None:
 
 @app.callback()
 def _group() -> None:  # pyright: ignore[reportUnusedFunction]  (keeps NAME an argument while there is one command)
-    """Measures eager, inductor and compiled on real inputs, interleaved."""
+    """Measures what planish does, against eager and inductor."""
 
 
 @app.command()
@@ -55,5 +55,32 @@ def encoder(
     if json is not None:
         result.write(json)
     show(result.to_dict(), Console())
+    if json is not None:
+        typer.echo(f"written: {json}")
+
+
+@app.command()
+def families(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="NAMES", help="families, separated by commas")] = None,
+) -> None:
+    """Compile 86 families of transformers as tiny models, each in its own process, and check them against eager."""
+    from rich.console import Console
+
+    from planish.bench.families import FamilyRow, run
+    from planish.bench.report import show_families
+    from planish.models.families import FAMILIES, family
+
+    names = [family(name.strip()).name for name in only.split(",")] if only is not None else list(FAMILIES)
+    progress = Console(stderr=True, highlight=False)
+
+    def done(row: FamilyRow) -> None:
+        state = "matches" if row.match else f"{len(row.reasons)} reasons"
+        progress.print(f"- {row.name}: {row.native_share:.0%} native, {state}", markup=False)
+
+    result = run(names, done)
+    if json is not None:
+        result.write(json)
+    show_families(result.to_dict(), Console())
     if json is not None:
         typer.echo(f"written: {json}")

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MIN_ROUNDS = 7
 _RESAMPLES = 10_000
 
 

@@ -30,6 +30,44 @@ def show(result: dict[str, Any], console: Console) -> None:
         console.print(Text(line))
 
 
+def show_families(result: dict[str, Any], console: Console) -> None:
+    """Print the JSON object of the families benchmark for people: a row for each family, the reasons, the sums."""
+    columns = ("family", "kind", "dynamic", "native", "max err", "match", "compile s", "export s")
+    cells = [
+        (
+            row["name"],
+            row["kind"],
+            row["dynamic"] or "",
+            f"{row['native_share']:.0%}",
+            _figure(row["max_rel_err"], ".0e"),
+            "yes" if row["match"] else "no",
+            _figure(row["compile_s"], ".1f"),
+            _figure(row["export_s"], ".1f"),
+        )
+        for row in result["rows"]
+    ]
+    console.print(_table(columns, cells))
+    lines = [f"{row['name']}: {_reason(reason)}" for row in result["rows"] for reason in row["reasons"]]
+    summary = result["summary"]
+    lines += [f"{count} families held up by {what}" for what, count in summary["blocked_by"].items()]
+    lines.append("dynamic: " + ", ".join(f"{level} {count}" for level, count in summary["dynamic"].items()))
+    lines.append(f"native: {summary['native']} of {summary['families']} families, {summary['native_and_match']} match")
+    for line in lines:
+        console.print(Text(line))
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _reason(reason: dict[str, Any]) -> str:
+    message = reason["message"]
+    short = message if len(message) <= 160 else message[:159] + "…"
+    if reason["op"] is not None:
+        return f"{reason['op']} x{reason['nodes']}: {short}"
+    return f"{reason['error']} ({reason['phase']}): {short}"
+
+
 def _rows(rows: list[dict[str, Any]]) -> Table:
     columns = ("contender", "median ms", "min ms", "x eager", "95 % interval", "cosine min", "max |Δ|", "claim")
     cells: list[tuple[str, ...]] = []

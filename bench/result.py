@@ -84,8 +84,13 @@ class BenchResult:
         return {**head, "rows": rows, "kernels": kernels, "absent": self.absent, **self.extra}
 
     def write(self, path: Path) -> None:
-        """Write the JSON file; a NaN or infinity raises ValueError, as JSON has none."""
-        path.write_text(json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+        """Write the JSON file; see :func:`write_json`."""
+        write_json(path, self.to_dict())
+
+
+def write_json(path: Path, result: dict[str, Any]) -> None:
+    """Write a benchmark's JSON object; a NaN or infinity raises ValueError, as JSON has none."""
+    path.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
 
 
 def _flat(row: Row) -> dict[str, Any]:

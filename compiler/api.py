@@ -213,11 +213,13 @@ def _check_supported(missing: Sequence[Unsupported], target: Target) -> None:
     if not missing:
         return
     lines = [f"{u.op} ({u.node}): {u.reason}" + (f"\n      at {u.where}" if u.where else "") for u in missing]
-    raise UnsupportedOpsError(
+    error = UnsupportedOpsError(
         f"no lowering for {len(missing)} operator(s) on target {target.name!r}:\n    " + "\n    ".join(lines),
         why="planish does not run parts of a model in PyTorch silently",
         fix="rewrite those lines with supported operators, or use target='reference' to check the rest",
     )
+    error.ops = tuple(missing)
+    raise error
 
 
 def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[str, int]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from planish.ops import argument, aten
+from planish.ops import CONVOLUTION, argument, aten
 
 _AVERAGE: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 _MAXIMUM: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
@@ -77,14 +77,13 @@ def avg_pool(
 for _op in (convolution, max_pool, avg_pool):
     _op.register_fake(_op._init_fn)
 
-CONVOLUTION = aten.convolution.default
 CONVOLUTION_LAST = torch.ops.planish.convolution.default
 MAX_POOL_LAST = torch.ops.planish.max_pool.default
 AVG_POOL_LAST = torch.ops.planish.avg_pool.default
 
 CONVOLUTIONS = frozenset({CONVOLUTION, CONVOLUTION_LAST})
-MAX_POOLS = frozenset({aten.max_pool1d.default, aten.max_pool2d.default, aten.max_pool3d.default, MAX_POOL_LAST})
-AVG_POOLS = frozenset({aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default, AVG_POOL_LAST})
+MAX_POOLS = frozenset({aten.max_pool2d.default, aten.max_pool3d.default, MAX_POOL_LAST})
+AVG_POOLS = frozenset({aten.avg_pool2d.default, aten.avg_pool3d.default, AVG_POOL_LAST})
 POOLS = MAX_POOLS | AVG_POOLS
 
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from planish.backends.base import Unsupported
+
 
 class PlanishError(Exception):
     """Base class: a message made of *what*, *where*, *why* and *fix*; empty parts are left out.
@@ -42,9 +47,17 @@ class ModelStateError(PlanishError):
 
 
 class UnsupportedOpsError(PlanishError):
-    """Some operators of the graph have no lowering on the target; all of them are listed at once."""
+    """Some operators of the graph have no lowering on the target; all of them are listed at once.
+
+    Attributes:
+        ops: one ``planish.backends.base.Unsupported`` for each of them, for programs that sort or count them.
+    """
 
     code = "unsupported-ops"
+    ops: tuple[Unsupported, ...] = ()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (*super().__reduce__(), {"ops": self.ops})
 
 
 class InputError(PlanishError):

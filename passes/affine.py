@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from planish.conv_ops import CONVOLUTION, Convolution
-from planish.ops import LINEAR, aten
+from planish.conv_ops import Convolution
+from planish.ops import CONVOLUTION, LINEAR, aten
 from planish.program import Program, add_constant, constant
 from planish.rules import Refuse, rule
 

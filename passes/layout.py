@@ -12,7 +12,6 @@ from torch import fx
 from planish.conv_ops import (
     AVG_POOL_LAST,
     AVG_POOLS,
-    CONVOLUTION,
     CONVOLUTION_LAST,
     MAX_POOL_LAST,
     MAX_POOLS,
@@ -20,7 +19,7 @@ from planish.conv_ops import (
     Convolution,
     pool_window,
 )
-from planish.ops import ELEMENTWISE, LINEAR, argument, aten
+from planish.ops import CONVOLUTION, ELEMENTWISE, LINEAR, argument, aten
 from planish.passes.canonicalize import cancel_views, merge_equal, remove_identity, sizes_of
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant

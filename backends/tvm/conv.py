@@ -27,11 +27,9 @@ Index = tuple[Expr, ...]
 
 def conv_reason(node: fx.Node) -> str | None:
     """Why a convolution has no kernel here, or None."""
-    x, weight, bias = node.args[:3]
+    x, weight = node.args[:2]
     assert isinstance(x, fx.Node)
     assert isinstance(weight, fx.Node)
-    if any(isinstance(p, fx.Node) and p.op not in ("get_attr", "placeholder") for p in (weight, bias)):
-        return "the weight and the bias of a convolution must be constants"
     if x.meta["val"].dim() != weight.meta["val"].dim():
         return "a convolution without a batch axis has no kernel"
     if any(isinstance(a, fx.Node) for group in node.args[3:] for a in (group if isinstance(group, list) else [group])):
@@ -39,8 +37,10 @@ def conv_reason(node: fx.Node) -> str | None:
     return None if node.meta["val"].dtype is torch.float32 else "convolutions are native for float32 only"
 
 
-def lower_direct(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
-    """Kernel of a region around any convolution.
+def lower_direct(
+    module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int, *, constant: bool
+) -> Lowered:
+    """Kernel of a region around any convolution; ``constant``: its weight can be packed beforehand.
 
     before: ``relu(convolution(x, w, b))``
     after:  for each position, for each vector of output channels of a group: bias, plus input times weight over the
@@ -48,10 +48,11 @@ def lower_direct(module: Module, program: Program, region: Region, anchor: fx.No
     """
     conv = Convolution.of(anchor)
     window = conv.window
-    lanes = lanes if window.channels_last else 1
+    lanes = lanes if window.channels_last and constant else 1
     packed = [(Packed(conv.weight, "transposed_taps" if conv.transposed else "taps", conv.groups), "float32")]
-    with kernel(module, program, region, packed, skip=[conv.weight]) as (k, out, (weights,)):
-        body = _Direct(k, conv, weights)
+    extra, skip = (packed, [conv.weight]) if constant else ([], [])
+    with kernel(module, program, region, extra, skip) as (k, out, extras):
+        body = _Direct(k, conv, extras[0] if constant else None)
         batch, channels, spatial = window.split(k.ev.shape(anchor))
         groups = 1 if conv.is_depthwise else conv.groups
         width = channels // groups
@@ -95,7 +96,7 @@ def lowered(k: Kernel, program: Program, stem: str, anchor: fx.Node, conv: Convo
 
 
 class _Direct:
-    """Code for one output position of a convolution."""
+    """Code for one output position of a convolution; ``weights`` is None where they are not packed."""
 
     def __init__(self, k: Kernel, conv: Convolution, weights: Any) -> None:
         self.k, self.conv, self.weights = k, conv, weights
@@ -113,11 +114,23 @@ class _Direct:
             with T.serial(0, depth) as c:
                 source = lanes_at(channel, lanes) if conv.is_depthwise else T.bind(group * depth + c)
                 x = self.k.ev.at(conv.x, conv.window.join(n, source, at))
-                w = self.weights[lanes_at((tap * depth + c) * conv.outputs + channel, lanes)]
+                w = self._weight(tap, c, group, channel, lanes)
                 T.buffer_store(total, total[whole] + splat(x, lanes) * w, [whole])
 
         (each_source if conv.transposed else each_tap)(conv.window, place, sizes, multiply)
         return T.bind(total[whole])
+
+    def _weight(self, tap: Expr, c: Expr, group: Expr, channel: Expr, lanes: int) -> Expr:
+        """The weights from input channel ``c`` of the group to the output channels."""
+        conv = self.conv
+        depth, width = conv.inputs // conv.groups, conv.outputs // conv.groups
+        if self.weights is not None:
+            return self.weights[lanes_at((tap * depth + c) * conv.outputs + channel, lanes)]
+        where = unflatten_index(conv.window.kernel, tap)
+        if not conv.transposed:
+            return self.k.ev.at(conv.weight, (channel, c, *where))
+        own = channel if conv.is_depthwise else group * depth + c
+        return self.k.ev.at(conv.weight, (own, T.floormod(channel, width), *where))
 
 
 def each_tap(window: Window, place: Index, sizes: Index, body: Callable[[Expr, Index], None]) -> None:
