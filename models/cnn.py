@@ -1,4 +1,4 @@
-"""ResNet-50 (He et al. 2015, arXiv 1512.03385) in plain torch, with seeded random weights: for speed, not for accuracy."""
+"""ResNet-50 (He et al. 2015, arXiv 1512.03385) with seeded random weights: for speed, not for accuracy."""
 
 from __future__ import annotations
 

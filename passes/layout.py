@@ -119,7 +119,7 @@ class _Layout:
 
     def convolution(self, program: Program, node: fx.Node) -> fx.Node | Refuse | None:
         """before: ``convolution(x, w, b, ...)``
-        after:  ``permute(planish::convolution(permute(x), w, b, ...))``, for a 1x1 one ``permute(linear(permute(x), w, b))``
+        after:  ``permute(planish::convolution(permute(x), w, b, ...))``, a 1x1: ``permute(linear(permute(x), w, b))``
         """
         conv, graph = Convolution.of(node), program.module.graph
         if conv.weight.op != "get_attr":

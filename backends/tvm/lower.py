@@ -12,9 +12,6 @@ from torch import fx
 from planish.backends.base import Unsupported
 from planish.backends.tvm.attention import lower_attention, matrix, result_matrix
 from planish.backends.tvm.builder import Function, function
-from planish.backends.tvm.conv import conv_reason, lower_direct
-from planish.backends.tvm.conv_gemm import is_gemm, lower_conv_gemm
-from planish.backends.tvm.depthwise import is_depthwise, lower_depthwise
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
@@ -22,14 +19,14 @@ from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_matmul
-from planish.backends.tvm.pool import is_channel_mean, lower_channel_mean, lower_pool, pool_reason
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
 from planish.backends.tvm.sort import lower_sort, sort_reason
-from planish.conv_ops import CONVOLUTIONS, POOLS
+from planish.backends.tvm.windows import is_window, lower_window, window_reason
+from planish.conv_ops import POOLS
 from planish.ops import (
     ATTENTION,
     ELEMENTWISE,
@@ -96,11 +93,9 @@ def _op_reason(node: fx.Node) -> str | None:
         return None
     if target in ROWS:
         return row_reason(node)
-    if target is aten.mean.dim and is_channel_mean(node):
-        return _float_reason(node)
+    if is_window(node):
+        return window_reason(node)
     tables = (
-        (CONVOLUTIONS, conv_reason),
-        (POOLS, pool_reason),
         (REDUCTIONS | SCANS, reduction_reason),
         (SORTS, sort_reason),
         (SCATTERS, scatter_reason),
@@ -291,29 +286,16 @@ class Lowering:
             return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
-        if anchor := region.find(CONVOLUTIONS):
-            constant = self._has_constant_weight(anchor)
-            if constant and is_depthwise(anchor):
-                return lower_depthwise(module, program, region, anchor, lanes)
-            if constant and is_gemm(anchor):
-                return lower_conv_gemm(module, program, region, anchor)
-            return lower_direct(module, program, region, anchor, lanes, constant=constant)
-        if anchor := region.find(POOLS):
-            return lower_pool(module, program, region, anchor, lanes)
+        if anchor := next(filter(is_window, region.nodes), None):
+            constant = anchor.target in POOLS | REDUCTIONS or self._has_constant_weight(anchor)
+            return lower_window(module, program, region, anchor, lanes, constant=constant)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
-            if anchor.target is aten.mean.dim and is_channel_mean(anchor):
-                return lower_channel_mean(module, program, region, anchor, lanes)
             return lower_reduction(module, program, region, anchor, lanes)
-        if anchor := region.find(SCANS):
-            return lower_scan(module, program, region, anchor)
-        if anchor := region.find(SORTS):
-            return lower_sort(module, program, region, anchor)
-        if anchor := region.find(SCATTERS):
-            return lower_scatter(module, program, region, anchor)
-        if anchor := region.find(RECURRENCES):
-            return lower_recurrent(module, program, region, anchor)
+        for targets, lower in _WHOLE:
+            if anchor := region.find(targets):
+                return lower(module, program, region, anchor)
         return lower_elementwise(module, program, region, lanes)
 
     def _has_constant_weight(self, layer: fx.Node) -> bool:
@@ -352,6 +334,9 @@ class Lowering:
             self.constants.append((self.packed[key], node, layout, width))
         return self.packed[key]
 
+
+_WHOLE = ((SCANS, lower_scan), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
+"""Ops with kernels that work element by element."""
 
 STATUS = -1
 """Operand index of the status word."""

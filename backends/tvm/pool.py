@@ -12,7 +12,7 @@ from planish.backends.tvm.builder import Expr, ceil_div, f32, for_vectors, i32, 
 from planish.backends.tvm.conv import Index, each_tap, inside, positions, store_value
 from planish.backends.tvm.kernel import Lowered, Module, Region, kernel, rows_in_parallel
 from planish.conv_ops import MAX_POOLS, Window, pool_window
-from planish.ops import argument
+from planish.ops import argument, aten
 from planish.program import Program
 
 
@@ -84,7 +84,9 @@ def _divisor(anchor: fx.Node, window: Window, place: Index, sizes: Index) -> Exp
 
 
 def is_channel_mean(node: fx.Node) -> bool:
-    """Whether a mean is over all axes between the first and the last."""
+    """Whether an op is an fp32 mean over all axes between the first and the last."""
+    if node.target is not aten.mean.dim or node.meta["val"].dtype is not torch.float32:
+        return False
     x = node.args[0].meta["val"]  # pyright: ignore
     axes = node.args[1]
     return x.dim() > 2 and [a % x.dim() for a in axes] == list(range(1, x.dim() - 1))  # pyright: ignore
