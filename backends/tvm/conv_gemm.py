@@ -7,6 +7,7 @@ own for each pixel; the image is first copied into a frame of zeros if the convo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +60,7 @@ def lower_conv_gemm(module: Module, program: Program, region: Region, anchor: fx
     """
     conv = Convolution.of(anchor)
     per_group = conv.outputs // conv.groups
-    width = gemm_tile(module.target).vectors * module.target.lanes
+    width = gemm_tile(module.target, per_group).vectors * module.target.lanes
     layout = Packed(conv.weight, "window_columns", width) if conv.groups == 1 else None
     packed = layout or Packed(conv.weight, "group_panels", per_group)
     framed = any(conv.window.padding) or conv.x not in region.inputs
@@ -122,7 +123,7 @@ class _Product:
     @property
     def tile(self) -> Tile:
         """Register block."""
-        return gemm_tile(self.k.module.target)
+        return gemm_tile(self.k.module.target, self.columns)
 
     @property
     def depth(self) -> int:
@@ -184,11 +185,36 @@ class _Product:
             with T.serial(0, ceil_div(count, self.tile.rows)) as t:
                 pixel = T.bind(first + t * self.tile.rows)
                 left = T.bind(count - t * self.tile.rows)
-                self._tile(group, column, pixel, left, vectors, tail, top, min(step, rows - top))
+                self._tile(group, column, pixel, left, vectors, tail, range(top, min(top + step, rows)))
                 if last:
                     self._finish(group, column, pixel, left, span, tail)
 
-    def _tile(
+    def _tile(self, group: Expr, column: Expr, pixel: Expr, left: Expr, vectors: int, tail: int, rows: range) -> None:
+        """Some rows of the window for one tile of pixels: one call of the register tile per run of values."""
+        conv = self.conv
+        (_, kx), (dil_y, dil_x) = _plane(conv.window.kernel, 1), _plane(conv.window.dilation, 1)
+        joined = dil_x == 1 and conv.groups == 1  # the taps of a row of the window are one run
+        taps, run = (1, kx * self.depth) if joined else (kx, self.depth)
+        first = [self._position(pixel + i) + group * self.depth for i in range(self.tile.rows)]
+        line = T.bind(dil_y * self.image.width * conv.inputs)
+
+        def multiply(y: Expr, x: Expr, start: str) -> None:
+            place = T.alloc_buffer((self.tile.rows,), "int32")
+            for i, at in enumerate(first):
+                T.buffer_store(place, at + y * line + x * (dil_x * conv.inputs), [i])
+            self._call(group, column, pixel, left, vectors, tail, (y * taps + x) * run, run, place, start)
+
+        for x in range(taps):
+            beginning = not rows.start and not x
+            multiply(i32(rows.start), i32(x), self._beginning(tail) if beginning else SUM)
+        with T.serial(0, len(rows) - 1) as y, T.serial(0, taps) as x:
+            multiply(rows.start + 1 + y, x, SUM)
+
+    def _beginning(self, tail: int) -> str:
+        """What the first sums start from; a ragged tile adds its biases at the end, as it would read beyond them."""
+        return ZERO if self.conv.bias is None or tail else BIASED
+
+    def _call(
         self,
         group: Expr,
         column: Expr,
@@ -196,38 +222,31 @@ class _Product:
         left: Expr,
         vectors: int,
         tail: int,
-        top: int,
-        rows: int,
+        row: Expr,
+        run: int,
+        place: Any,
+        start: str,
     ) -> None:
-        """Rows ``top .. top+rows`` of the window for one tile of pixels."""
+        """Multiply runs of ``run`` values, one per pixel at ``place``, by the weights from ``row`` on."""
         conv, span = self.conv, vectors * self.k.lanes
-        (_, kx), (dil_y, dil_x) = _plane(conv.window.kernel, 1), _plane(conv.window.dilation, 1)
-        line = T.bind(self.image.width * conv.inputs)
-        joined = dil_x == 1 and conv.groups == 1  # the taps of a row of the window are one run
-        taps, run = (1, kx * self.depth) if joined else (kx, self.depth)
-        place = T.alloc_buffer((self.tile.rows,), "int32")
-        for i in range(self.tile.rows):
-            T.buffer_store(place, self._position(pixel + i) + top * dil_y * line + group * self.depth, [i])
+        window = math.prod(conv.window.kernel) * self.depth
         if conv.groups == 1:
-            row, ldb = top * kx * self.depth, span
-            begin = column * (self.depth * kx * _plane(conv.window.kernel, 1)[0]) + row * span
+            ldb, begin = span, column * window + row * span
         else:
             ldb = -(-self.columns // self.k.lanes) * self.k.lanes
-            window = kx * _plane(conv.window.kernel, 1)[0]
-            begin = (group * window * self.depth + top * kx * self.depth) * ldb + column
-        target = T.address_of(self.out[pixel * conv.outputs + group * self.columns + column])
-        steps = rows * taps * (run // UNROLL)
-        part = T.floormod(T.floordiv(pixel, self.tile.rows), UNROLL * vectors) * (steps * (CACHE_LINE // 4))
-        ahead = T.address_of(self.panels[begin + rows * kx * self.depth * span + part])
+            begin = (group * window + row) * ldb + column
+        channel = group * self.columns + column
+        target = T.address_of(self.out[pixel * conv.outputs + channel])
+        # what the tiles of this block fetch for the next one: a part each, together the whole panel and again
+        part = T.floormod(T.floordiv(pixel, self.tile.rows), UNROLL * vectors) * (run // UNROLL * (CACHE_LINE // 4))
+        ahead = T.address_of(self.panels[begin + window * span + part])
         pointers = (T.address_of(self.image.buffer[0]), T.address_of(self.panels[begin]), target, ahead)
         pointers = (*pointers, T.address_of(place[0]))
-        start = SUM if top else ZERO
-        if not top and conv.bias is not None and not tail:
-            start = BIASED
-            source = self.k.ev.sources[conv.bias].buffer
-            pointers = (*pointers, T.address_of(source[group * self.columns + column]))
-        sizes = (i32(ldb), i32(conv.outputs), i32(rows), dil_y * line, i32(taps), i32(dil_x * conv.inputs), i32(run))
-        call_window_tile(self.k.module, self.tile, left, pointers, sizes, vectors=vectors, tail_lanes=tail, start=start)
+        if start == BIASED:
+            pointers = (*pointers, T.address_of(self.k.ev.sources[conv.bias].buffer[channel]))  # pyright: ignore
+        sizes = (i32(ldb), i32(conv.outputs), i32(run))
+        module = self.k.module
+        call_window_tile(module, self.tile, left, pointers, sizes, vectors=vectors, tail_lanes=tail, start=start)
 
     def _position(self, pixel: Expr) -> Expr:
         """Where in the image the window of an output pixel begins."""

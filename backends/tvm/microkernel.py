@@ -25,9 +25,14 @@ class Tile:
     vectors: int
 
 
-def gemm_tile(target: Target) -> Tile:
-    """Block for wide outputs."""
-    return Tile(8, 3) if target.vector_registers >= 32 else Tile(4, 3)
+def gemm_tile(target: Target, columns: int) -> Tile:
+    """Block for an output of so many columns: the one whose width leaves least over, 8 x 3 where both do.
+
+    The last block of columns may be narrower, and a tile of one vector runs at half the speed: 64 columns are one
+    block of 6 x 4, not one of 8 x 3 and a rest.
+    """
+    tiles = (Tile(8, 3), Tile(6, 4)) if target.vector_registers >= 32 else (Tile(4, 3), Tile(6, 2))
+    return min(tiles, key=lambda t: -columns % (t.vectors * target.lanes))
 
 
 def attention_tile(target: Target) -> Tile:

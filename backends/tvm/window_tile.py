@@ -14,16 +14,16 @@ ZERO, BIASED, SUM = "zero", "biased", "sum"
 
 
 def build_window_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool, start: str) -> tirx.PrimFunc:
-    """C[i, :] = sum over taps (y, x) and k of A[place[i] + y dy + x dx + k] B[y, x, k, :], in registers, in that order.
+    """C[i, :] = start + sum over k of A[place[i] + k] B[k, :], accumulated in registers in the order of k.
 
     Parameters: A, B, C, ahead, place (int32, one position in A per row), with ``start`` BIASED the biases, then ldb,
-    ldc, the taps along y, dy, the taps along x, dx, K, and with ``ragged`` the number of lanes of the last vector to
-    store. Strides are in elements. One cache line from ``ahead`` on is fetched every ``UNROLL`` steps.
+    ldc, K, and with ``ragged`` the number of lanes of the last vector to store. Strides are in elements. One cache line
+    from ``ahead`` on is fetched every ``UNROLL`` steps. One loop and no more: with the taps of the window as loops
+    around it the compiler spills the accumulators.
     """
     with function(symbol) as f:
         pointers = ["float32"] * 4 + ["int32"] + ["float32"] * (start == BIASED)
-        (a, b, c, ahead, place, *bias), scalars = f.parameters(pointers, 7 + ragged, align=4)
-        ldb, ldc, taps_y, dy, taps_x, dx, depth, *last = scalars
+        (a, b, c, ahead, place, *bias), (ldb, ldc, depth, *last) = f.parameters(pointers, 3 + ragged, align=4)
         whole = T.ramp(0, 1, lanes)
         acc = [[T.alloc_buffer((lanes,), "float32") for _ in range(vectors)] for _ in range(rows)]
         for i, row in enumerate(acc):
@@ -36,24 +36,20 @@ def build_window_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragge
                 T.buffer_store(register, first, [whole])
         base = [T.bind(place[i]) for i in range(rows)]
 
-        def step(at: Expr, row: Expr) -> None:
-            """One k: ``at`` from the start of a window in A, ``row`` of B."""
-            panel = [T.bind(b[lanes_at(row * ldb + v * lanes, lanes)]) for v in range(vectors)]
-            for i, registers in enumerate(acc):
-                scalar = T.bind(T.broadcast(a[base[i] + at], lanes))
+        def step(k: Expr) -> None:
+            panel = [T.bind(b[lanes_at(k * ldb + v * lanes, lanes)]) for v in range(vectors)]
+            for at, registers in zip(base, acc, strict=True):
+                scalar = T.bind(T.broadcast(a[at + k], lanes))
                 for register, column in zip(registers, panel, strict=True):
                     T.buffer_store(register, register[whole] + scalar * column, [whole])
 
         blocks = T.bind(T.floordiv(depth, UNROLL))
-        with T.serial(0, taps_y) as y, T.serial(0, taps_x) as x:
-            tap = T.bind(y * taps_x + x)
-            at, row = T.bind(y * dy + x * dx), T.bind(tap * depth)
-            with T.serial(0, blocks) as block:
-                prefetch(T.address_of(ahead[(tap * blocks + block) * (CACHE_LINE // 4)]), level=2)
-                for u in range(UNROLL):
-                    step(at + block * UNROLL + u, row + block * UNROLL + u)
-            with T.serial(0, depth - blocks * UNROLL) as k:
-                step(at + blocks * UNROLL + k, row + blocks * UNROLL + k)
+        with T.serial(0, blocks) as block:
+            prefetch(T.address_of(ahead[block * (CACHE_LINE // 4)]), level=2)
+            for u in range(UNROLL):
+                step(block * UNROLL + u)
+        with T.serial(0, depth - blocks * UNROLL) as k:
+            step(blocks * UNROLL + k)
         for i, registers in enumerate(acc):
             store_row(registers, c, i * ldc, lanes, last[0] if ragged else None)
     assert f.func is not None
@@ -75,7 +71,7 @@ def call_window_tile(
 
     Args:
         pointers: A, B, C, ahead, place, and with BIASED the biases.
-        sizes: ldb, ldc, taps along y, dy, taps along x, dx, K.
+        sizes: ldb, ldc, K.
         tail_lanes: lanes of the last vector to store, 0 for all.
         start: what the sums start from.
     """
