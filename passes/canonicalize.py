@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from planish.ops import ATTENTION, LINEAR, VIEWS, argument, aten
+from planish.passes.affine import fold_scale, fold_shift
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
 from planish.rules import Refuse, Rule, apply_rules, rule
@@ -150,14 +151,14 @@ def _through_views(node: Any) -> fx.Node:
 
 def _full(program: Program, like: fx.Node, value: bool) -> fx.Node:
     """A tensor of one value with the shape of ``like``."""
-    sizes = _sizes(program, like, like.all_input_nodes)
+    sizes = sizes_of(program, like, like.all_input_nodes)
     assert sizes is not None
     return program.module.graph.call_function(
         aten.full.default, (sizes, value), {"dtype": like.meta["val"].dtype, "device": torch.device("cpu")}
     )
 
 
-def _sizes(program: Program, node: fx.Node, operands: Sequence[fx.Node]) -> list[int | fx.Node] | None:
+def sizes_of(program: Program, node: fx.Node, operands: Sequence[fx.Node]) -> list[int | fx.Node] | None:
     """The node's shape as ints and size nodes; sizes are read off operands that have them on the same axis."""
     sizes: list[int | fx.Node] = []
     shape = program.shape(node)
@@ -194,7 +195,7 @@ def drop_true(program: Program, node: fx.Node) -> fx.Node | None:
         if isinstance(x, fx.Node) and x.meta["val"].dtype is torch.bool and _is_true(node.args[own]):
             if program.shape(x) == program.shape(node):
                 return x
-            sizes = _sizes(program, node, node.all_input_nodes)
+            sizes = sizes_of(program, node, node.all_input_nodes)
             return sizes and program.module.graph.call_function(aten.expand.default, (x, sizes))
     return None
 
@@ -247,16 +248,18 @@ RULES: tuple[Rule, ...] = (
     decide_comparison,
     drop_true,
     fold_attention_scale,
+    fold_scale,
+    fold_shift,
 )
 
 
 @dataclass(frozen=True)
 class Canonicalize(Pass):
-    """Fold constants, drop dead, repeated and neutral ops, cancel views, fold the attention scale into weights."""
+    """Fold constants, drop dead, repeated and neutral ops, cancel views, fold scales and shifts into weights."""
 
     name: ClassVar[str] = "canonicalize"
     makes: ClassVar[frozenset[str]] = frozenset({"canonical"})
-    tol: ClassVar[float] = 1e-5  # the folded attention scale rounds the query weights to fp32 once more
+    tol: ClassVar[float] = 1e-5  # folding a scale or a shift into weights rounds them to fp32 once more
 
     def run(self, program: Program, target: Target) -> Result:
         """Apply the rules and merge equal nodes until nothing changes."""

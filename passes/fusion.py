@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from planish.conv_ops import CONVOLUTIONS, POOLS
 from planish.ops import (
     ATTENTION,
     ELEMENTWISE,
@@ -26,6 +27,9 @@ from planish.pipeline import Pass, Refusal, Result
 from planish.program import Program
 from planish.rules import remove_dead
 from planish.targets import Target
+
+WINDOWS = CONVOLUTIONS | POOLS
+"""Ops that combine a window of positions."""
 
 CHAIN_ROWS = 64
 """Rows of a chain of linear layers that must fit the second-level cache, or the weights are reread too often."""
@@ -75,10 +79,10 @@ class FuseGroups(Pass):
 
 
 def _is_anchor(node: fx.Node) -> bool:
-    if node.target is LINEAR:
+    if node.target in CONVOLUTIONS | {LINEAR}:
         weight = node.args[1]
         return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_float(node)
-    return node.target in ROWS | REDUCTIONS | {ATTENTION, MATMUL} and _is_float(node)
+    return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, MATMUL} and _is_float(node)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -104,6 +108,9 @@ class _Fusion:
             self._follow_norm(group)
             while (longer := self._next_layer(group, target)) is not None:
                 group = longer
+        elif anchor.target in WINDOWS:
+            self._read_through(group, anchor.args[:1])
+            self._follow(group)
         elif anchor.target is ATTENTION:
             self._read_through(group, [a for a in anchor.args[:4] if isinstance(a, fx.Node)])
             self._follow_views(group)

@@ -128,10 +128,11 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
     """
     stages = stages_of(region)
     weights = tuple(s.linear.args[1] for s in stages)
-    width = gemm_tile(module.target).vectors * module.target.lanes
-    packed = [(Packed(w, "columns", width), "float32") for w in weights]  # pyright: ignore
+    tiles = [gemm_tile(module.target, s.columns) for s in stages]
+    widths = [t.vectors * module.target.lanes for t in tiles]
+    packed = [(Packed(w, "columns", width), "float32") for w, width in zip(weights, widths, strict=True)]  # pyright: ignore
     between = sum(s.columns for s in stages[:-1])
-    few = TASKS * least_tiles(module.target, stages) * gemm_tile(module.target).rows
+    few = TASKS * least_tiles(module.target, stages) * tiles[0].rows
     scratch = [(Scratch(4 * few * between), "float32")] if between else []
     with kernel(module, program, region, packed + scratch, skip=weights) as (k, out, extras):  # pyright: ignore
         rows = T.bind(product(k.ev.shape(stages[0].linear)[:-1]) + i32(0))
@@ -181,8 +182,8 @@ class Chain:
 
     @property
     def tile(self) -> Tile:
-        """Register block."""
-        return gemm_tile(self.k.module.target)
+        """Register block of the first stage, by whose rows chunks are cut."""
+        return gemm_tile(self.k.module.target, self.stages[0].columns)
 
     def rows_per_chunk(self) -> int:
         """Most rows of a chunk: what is read and kept for it fills at most 3/4 of the second-level cache."""
@@ -232,9 +233,14 @@ class StageCode:
     place: Matrix
     earlier: dict[fx.Node, Matrix]
 
+    @property
+    def tile(self) -> Tile:
+        """Register block."""
+        return gemm_tile(self.chain.k.module.target, self.stage.columns)
+
     def emit(self, first: Expr, count: Expr, *, parallel: bool) -> None:
         """The blocks of columns, then the norm."""
-        tile, lanes = self.chain.tile, self.chain.k.lanes
+        tile, lanes = self.tile, self.chain.k.lanes
         width = tile.vectors * lanes
         whole, rest = divmod(self.stage.columns, width)
         with (T.parallel if parallel else T.serial)(0, whole + bool(rest)) as n:
@@ -258,7 +264,7 @@ class StageCode:
 
     def _block(self, first: Expr, count: Expr, column: Expr, vectors: int, tail: int) -> None:
         """Rows ``first .. first+count`` of ``vectors`` vectors of columns; ``tail`` lanes of the last, 0 for all."""
-        tile, depth = self.chain.tile, self.stage.depth
+        tile, depth = self.tile, self.stage.depth
         span = vectors * self.chain.k.lanes
         bias = self._bias() if not tail else None  # a tile reads whole vectors of it
         done = self.stage.stored is self.stage.linear and (bias is not None or self._bias() is None)

@@ -25,6 +25,8 @@ from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
 from planish.backends.tvm.sort import lower_sort, sort_reason
+from planish.backends.tvm.windows import is_window, lower_window, window_reason
+from planish.conv_ops import POOLS
 from planish.ops import (
     ATTENTION,
     ELEMENTWISE,
@@ -92,6 +94,8 @@ def _op_reason(node: fx.Node) -> str | None:
         return None
     if target in ROWS:
         return row_reason(node)
+    if is_window(node):
+        return window_reason(node)
     tables = (
         (REDUCTIONS | SCANS, reduction_reason),
         (SORTS, sort_reason),
@@ -106,7 +110,7 @@ def _op_reason(node: fx.Node) -> str | None:
 
 
 def _float_reason(node: fx.Node) -> str | None:
-    """Why a matrix product has no kernel, or None."""
+    """Why an op has no kernel, or None."""
     dtype = node.meta["val"].dtype
     return None if dtype is torch.float32 else f"it is native for float32, not {dtype}"
 
@@ -285,23 +289,21 @@ class Lowering:
             return lower_grouped(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
+        if anchor := next(filter(is_window, region.nodes), None):
+            constant = anchor.target in POOLS | REDUCTIONS or self._has_constant_weight(anchor)
+            return lower_window(module, program, region, anchor, lanes, constant=constant)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
             return lower_reduction(module, program, region, anchor, lanes)
-        if anchor := region.find(SCANS):
-            return lower_scan(module, program, region, anchor)
-        if anchor := region.find(SORTS):
-            return lower_sort(module, program, region, anchor)
-        if anchor := region.find(SCATTERS):
-            return lower_scatter(module, program, region, anchor)
-        if anchor := region.find(RECURRENCES):
-            return lower_recurrent(module, program, region, anchor)
+        for targets, lower in _WHOLE:
+            if anchor := region.find(targets):
+                return lower(module, program, region, anchor)
         return lower_elementwise(module, program, region, lanes)
 
-    def _has_constant_weight(self, linear: fx.Node) -> bool:
+    def _has_constant_weight(self, layer: fx.Node) -> bool:
         """Whether the weight can be packed beforehand; groups are formed around such layers only."""
-        weight = linear.args[1]
+        weight = layer.args[1]
         assert isinstance(weight, fx.Node)
         return weight.op == "get_attr" or weight.graph is not self.program.module.graph
 
@@ -335,6 +337,9 @@ class Lowering:
             self.constants.append((self.packed[key], node, layout, width))
         return self.packed[key]
 
+
+_WHOLE = ((SCANS, lower_scan), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
+"""Ops with kernels that work element by element."""
 
 STATUS = -1
 """Operand index of the status word."""

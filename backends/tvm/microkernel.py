@@ -25,9 +25,14 @@ class Tile:
     vectors: int
 
 
-def gemm_tile(target: Target) -> Tile:
-    """Block for wide outputs."""
-    return Tile(8, 3) if target.vector_registers >= 32 else Tile(4, 3)
+def gemm_tile(target: Target, columns: int) -> Tile:
+    """Block for an output of so many columns: the one whose width leaves least over, 8 x 3 where both do.
+
+    The last block of columns may be narrower, and a tile of one vector runs at half the speed: 64 columns are one
+    block of 6 x 4, not one of 8 x 3 and a rest.
+    """
+    tiles = (Tile(8, 3), Tile(6, 4)) if target.vector_registers >= 32 else (Tile(4, 3), Tile(6, 2))
+    return min(tiles, key=lambda t: -columns % (t.vectors * target.lanes))
 
 
 def attention_tile(target: Target) -> Tile:
@@ -78,12 +83,12 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
         with T.serial(0, depth - blocks * UNROLL) as k:
             step(blocks * UNROLL + k)
         for i, row in enumerate(acc):
-            _store_row(row, c, i * ldc, lanes, last)
+            store_row(row, c, i * ldc, lanes, last)
     assert f.func is not None
     return f.func
 
 
-def _store_row(row: list[Any], c: Any, at: Expr, lanes: int, last: Expr | None) -> None:
+def store_row(row: list[Any], c: Any, at: Expr, lanes: int, last: Expr | None) -> None:
     """Store a row's accumulators from ``at`` on; of the last one only ``last`` lanes, if given."""
     whole = T.ramp(0, 1, lanes)
     for v, register in enumerate(row):

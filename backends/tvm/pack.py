@@ -24,8 +24,40 @@ def columns(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
     return torch.cat([panels, padded.t().reshape(-1)])
 
 
+def taps(weight: torch.Tensor, groups: int, lanes: int) -> torch.Tensor:
+    """A convolution's weight [O, C/groups, window...] as [window..., C/groups, O]."""
+    return weight.flatten(2).permute(2, 1, 0).reshape(-1)
+
+
+def window_columns(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
+    """A convolution's weight [O, C, window...] as column panels whose rows are in the order [window..., C]."""
+    return columns(weight.movedim(1, -1).flatten(1), width, lanes)
+
+
+def group_panels(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
+    """A grouped convolution's weight [O, C/groups, window...] as one panel [window..., C/groups, width] per group.
+
+    ``width`` is O/groups; the panels' rows are padded with zeros to whole vectors.
+    """
+    rows = weight.movedim(1, -1).unflatten(0, (-1, width)).flatten(2).transpose(1, 2)
+    return torch.nn.functional.pad(rows, (0, -width % lanes)).reshape(-1)
+
+
+def transposed_taps(weight: torch.Tensor, groups: int, lanes: int) -> torch.Tensor:
+    """A transposed convolution's weight [C, O/groups, window...] as [window..., C/groups, O]."""
+    each = weight.unflatten(0, (groups, -1)).flatten(3)
+    return each.permute(3, 1, 0, 2).reshape(-1)
+
+
 Layout = Callable[[torch.Tensor, int, int], torch.Tensor]
-LAYOUTS: dict[str, Layout] = {"plain": lambda t, width, lanes: t.contiguous().view(-1), "columns": columns}
+LAYOUTS: dict[str, Layout] = {
+    "plain": lambda t, width, lanes: t.contiguous().view(-1),
+    "columns": columns,
+    "window_columns": window_columns,
+    "group_panels": group_panels,
+    "taps": taps,
+    "transposed_taps": transposed_taps,
+}
 """Layout name to packing function (tensor, width, lanes) -> flat tensor."""
 
 
@@ -34,10 +66,12 @@ def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, l
     elements = 1
     for s in shape:
         elements *= s
-    if layout == "columns":
-        n, depth = shape
+    if layout in ("columns", "window_columns"):
+        n = shape[0]
         rest = n % width
-        elements = (n - rest + -(-rest // lanes) * lanes) * depth
+        elements = (n - rest + -(-rest // lanes) * lanes) * (elements // n)
+    if layout == "group_panels":
+        elements = elements // width * (-(-width // lanes) * lanes)
     return elements * itemsize
 
 
