@@ -140,10 +140,9 @@ def run(names: Sequence[str], done: Callable[[FamilyRow], None]) -> FamiliesResu
 
 def check_in_child(name: str, time_limit: float = TIME_LIMIT) -> FamilyRow:
     """The row of one family from a fresh process; a crash or a timeout is a reason in it that names the phase."""
-    command = [sys.executable, "-m", "planish.bench.family", name]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=time_limit)
+        done = subprocess.run(_command(name), capture_output=True, text=True, check=False, env=env, timeout=time_limit)
     except subprocess.TimeoutExpired as error:
         phase = _last(error.stdout, "phase") or "start"
         return _failed(name, TimeoutError.__name__, phase, f"not done after {time_limit:.0f} s")
@@ -154,6 +153,10 @@ def check_in_child(name: str, time_limit: float = TIME_LIMIT) -> FamilyRow:
     return _failed(
         name, ChildError.__name__, _last(done.stdout, "phase") or "start", f"{_exit(done.returncode)}: {end}"
     )
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "planish.bench.family", name]
 
 
 def _failed(name: str, error: str, phase: str, message: str) -> FamilyRow:
