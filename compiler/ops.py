@@ -7,17 +7,57 @@ from typing import Any
 import torch
 from torch import fx
 
+import planish.custom_ops  # noqa: F401  (registers torch.ops.planish)
+
 aten = torch.ops.aten
+planish_ops = torch.ops.planish
 
 LINEAR = aten.linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
 LAYER_NORM = aten.layer_norm.default
 
-ROWS = frozenset({LAYER_NORM, aten.softmax.int, aten._softmax.default})
+ROWS = frozenset({LAYER_NORM, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
 """Map each row (last axis) to a row of the same length."""
 
-REDUCTIONS = frozenset({aten.mean.dim, aten.sum.dim_IntList, aten.amax.default})
+REDUCTIONS = frozenset(
+    {
+        aten.mean.dim,
+        aten.sum.dim_IntList,
+        aten.prod.dim_int,
+        aten.amax.default,
+        aten.amin.default,
+        aten.any.dim,
+        aten.all.dim,
+        aten.argmax.default,
+        aten.argmin.default,
+    }
+)
 """Reduce the last axis."""
+
+SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
+"""Combine each element of a row (last axis) with all before it."""
+
+SORTS = frozenset({planish_ops.argsort.default, planish_ops.argtopk.default})
+"""Positions of a row's elements in order; the values are gathered by them."""
+
+MATMUL = aten.bmm.default
+CONVOLUTION = aten.convolution.default
+POOLS = frozenset({aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
+"""Reduce windows that slide over the last axes."""
+
+SCATTERS = frozenset(
+    {
+        aten.scatter.src,
+        aten.scatter.value,
+        aten.scatter_add.default,
+        aten.scatter_reduce.two,
+        aten.index_put.default,
+    }
+)
+"""Write values at places that another tensor names, into a copy of the operand, in order."""
+
+RECURRENCES = frozenset({planish_ops.lstm_layer.default, planish_ops.gru_layer.default})
+"""One direction of one recurrent layer, over all time steps."""
 
 VIEWS = frozenset(
     {
@@ -32,9 +72,27 @@ VIEWS = frozenset(
         aten.expand.default,
         aten.slice.Tensor,
         aten.select.int,
+        aten.flip.default,
+        aten.roll.default,
+        aten.diagonal.default,
+        aten.unfold.default,
     }
 )
 """Index maps: every element of the result is one element of the operand."""
+
+VIEW_SPELLINGS = frozenset(
+    {
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.lift_fresh_copy.default,
+        aten.lift_fresh.default,
+    }
+)
+"""What capture replaces by ``reshape`` or by the operand itself."""
 
 GENERATORS = frozenset(
     {
@@ -56,6 +114,11 @@ GENERATORS = frozenset(
 
 GATHERS = frozenset({aten.embedding.default, aten.index.Tensor, aten.gather.default, aten.index_select.default})
 """Each element is read from a place that another tensor names."""
+
+JOINS = frozenset(
+    {aten.cat.default, aten.constant_pad_nd.default, aten.slice_scatter.default, aten.select_scatter.default}
+)
+"""Each element is read from the one of several operands that covers its place."""
 
 ELEMENTWISE = frozenset(
     {
@@ -110,12 +173,68 @@ ELEMENTWISE = frozenset(
         aten.where.Scalar,
         aten.masked_fill.Scalar,
         aten._to_copy.default,
+        aten.masked_fill.Tensor,
+        aten.clamp.Tensor,
+        aten.clamp_max.default,
+        aten.logical_xor.default,
+        aten.__xor__.Tensor,
+        aten.bitwise_xor.Tensor,
+        aten.bitwise_not.default,
+        aten.bitwise_left_shift.Tensor,
+        aten.bitwise_right_shift.Tensor,
+        aten.__lshift__.Tensor,
+        aten.__rshift__.Tensor,
+        aten.__lshift__.Scalar,
+        aten.__rshift__.Scalar,
+        aten.pow.Tensor_Tensor,
+        aten.pow.Scalar,
+        aten.div.Tensor_mode,
+        aten.div.Scalar_mode,
+        aten.floor_divide.default,
+        aten.fmod.Tensor,
+        aten.fmod.Scalar,
+        aten.remainder.Tensor,
+        aten.remainder.Scalar,
+        aten.atan2.default,
+        aten.hypot.default,
+        aten.copysign.Tensor,
+        aten.fmax.default,
+        aten.fmin.default,
+        aten.log.default,
+        aten.log2.default,
+        aten.log10.default,
+        aten.log1p.default,
+        aten.expm1.default,
+        aten.exp2.default,
+        aten.erfc.default,
+        aten.sin.default,
+        aten.cos.default,
+        aten.tan.default,
+        aten.asin.default,
+        aten.acos.default,
+        aten.atan.default,
+        aten.sinh.default,
+        aten.cosh.default,
+        aten.asinh.default,
+        aten.acosh.default,
+        aten.atanh.default,
+        aten.floor.default,
+        aten.ceil.default,
+        aten.round.default,
+        aten.trunc.default,
+        aten.sign.default,
+        aten.signbit.default,
+        aten.isnan.default,
+        aten.isinf.default,
     }
 )
 """One value from the values at the same (broadcast) index."""
 
-INLINE = VIEWS | GENERATORS | GATHERS | ELEMENTWISE
+INLINE = VIEWS | GENERATORS | GATHERS | JOINS | ELEMENTWISE
 """Ops that a kernel can compute on the way, element by element."""
+
+IR = INLINE | ROWS | REDUCTIONS | SCANS | POOLS | SCATTERS | {LINEAR, ATTENTION, MATMUL, CONVOLUTION}
+"""Every ATen op that the graph keeps whole."""
 
 
 def short_name(node: fx.Node) -> str:

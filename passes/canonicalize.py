@@ -41,7 +41,11 @@ def fold_constant(program: Program, node: fx.Node) -> fx.Node | None:
     return program.module.graph.get_attr(name)
 
 
-@rule("identity removed", *VIEWS, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+_SHAPED = VIEWS - {aten.flip.default, aten.roll.default, aten.diagonal.default, aten.unfold.default}
+"""Views that are told by the shapes (and orders of axes) alone."""
+
+
+@rule("identity removed", *_SHAPED, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
 def remove_identity(program: Program, node: fx.Node) -> fx.Node | None:
     """Drop an op that returns its operand.
 
@@ -51,7 +55,7 @@ def remove_identity(program: Program, node: fx.Node) -> fx.Node | None:
     x = node.args[0]
     if not isinstance(x, fx.Node) or not _same_type(program, x, node):
         return None
-    if node.target in VIEWS:
+    if node.target in _SHAPED:
         return x if _view_is_identity(program, node, x) else None
     neutral = 0 if node.target in (aten.add.Tensor, aten.sub.Tensor) else 1
     other = node.args[1]

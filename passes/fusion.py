@@ -9,7 +9,19 @@ from typing import ClassVar
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, ELEMENTWISE, INLINE, LAYER_NORM, LINEAR, REDUCTIONS, ROWS, VIEWS, aten, short_name
+from planish.ops import (
+    ATTENTION,
+    ELEMENTWISE,
+    INLINE,
+    LAYER_NORM,
+    LINEAR,
+    MATMUL,
+    REDUCTIONS,
+    ROWS,
+    VIEWS,
+    aten,
+    short_name,
+)
 from planish.pipeline import Pass, Refusal, Result
 from planish.program import Program
 from planish.rules import remove_dead
@@ -66,7 +78,7 @@ def _is_anchor(node: fx.Node) -> bool:
     if node.target is LINEAR:
         weight = node.args[1]
         return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_float(node)
-    return node.target in ROWS | REDUCTIONS | {ATTENTION} and _is_float(node)
+    return node.target in ROWS | REDUCTIONS | {ATTENTION, MATMUL} and _is_float(node)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -95,6 +107,9 @@ class _Fusion:
         elif anchor.target is ATTENTION:
             self._read_through(group, [a for a in anchor.args[:4] if isinstance(a, fx.Node)])
             self._follow_views(group)
+        elif anchor.target is MATMUL:
+            self._read_through(group, anchor.args[:2])
+            self._follow(group)
         else:
             self._absorb(group, anchor.args[0])
             self._follow(group)

@@ -502,8 +502,9 @@ def test_like_eager(family: str, case: str, way: Way) -> None:
 
 def test_every_entry_has_a_case() -> None:
     """The captured graphs of the families call every op of the backend's tables."""
+    from planish.backends.tvm.maps import GATHERS, GENERATORS, VIEWS
     from planish.backends.tvm.rowwise import REDUCTIONS, ROWS
-    from planish.backends.tvm.semantics import ELEMENTWISE, GATHERS, GENERATORS, VIEWS
+    from planish.backends.tvm.scalars import ELEMENTWISE
     from planish.ops import ATTENTION, LINEAR
 
     called: set[Any] = set()

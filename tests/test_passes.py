@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planish import ops, passes, verify
-from planish.backends.tvm import lower, rowwise, semantics
+from planish.backends.tvm import lower, maps, rowwise, scalars
 from planish.capture import capture
 from planish.pipeline import Step, run_pipeline
 from planish.printer import program_text
@@ -187,10 +187,10 @@ def test_fusing_needs_a_canonical_graph() -> None:
 
 
 def test_every_op_class_has_an_implementation() -> None:
-    assert set(semantics.ELEMENTWISE) == ops.ELEMENTWISE
-    assert set(semantics.VIEWS) == ops.VIEWS
-    assert set(semantics.GENERATORS) == ops.GENERATORS
-    assert set(semantics.GATHERS) == ops.GATHERS
+    assert set(scalars.ELEMENTWISE) == ops.ELEMENTWISE
+    assert set(maps.VIEWS) == ops.VIEWS
+    assert set(maps.GENERATORS) == ops.GENERATORS
+    assert set(maps.GATHERS) == ops.GATHERS
     assert set(rowwise.ROWS) == ops.ROWS
     assert set(rowwise.REDUCTIONS) == ops.REDUCTIONS
     assert lower.LINEAR is ops.LINEAR

@@ -31,8 +31,8 @@ from planish.backends.tvm.builder import (
 from planish.backends.tvm.expr import Evaluator
 from planish.backends.tvm.index import flat_index, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
+from planish.backends.tvm.maps import PUSH
 from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
-from planish.backends.tvm.semantics import PUSH
 from planish.ops import argument
 from planish.program import Program
 

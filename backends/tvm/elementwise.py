@@ -8,9 +8,9 @@ from torch import fx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, equal, for_vectors, i32, lanes_at, splat
-from planish.backends.tvm.index import cast, unflatten_index
+from planish.backends.tvm.index import as_stored, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
-from planish.backends.tvm.semantics import ELEMENTWISE
+from planish.backends.tvm.scalars import ELEMENTWISE
 from planish.program import Program
 
 FLAT_CHUNK = 4096
@@ -77,7 +77,5 @@ def store(
     k: Kernel, result: fx.Node, index: tuple[Expr, ...], out: Expr, at: Expr, lanes: int, dtype: torch.dtype
 ) -> None:
     """Store the value of ``result`` at ``index``; a bool becomes a byte."""
-    value = cast(k.ev.at(result, index), dtype)
-    if dtype is torch.bool:
-        value = cast(value, torch.uint8)
+    value = as_stored(k.ev.at(result, index), dtype)
     T.buffer_store(out, splat(value, lanes), [lanes_at(at, lanes)])

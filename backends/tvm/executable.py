@@ -123,7 +123,7 @@ class TvmExecutable:
         if found is None:
             offsets, height = self.plan.arena(dims)
             slots = [i for i, b in enumerate(self.plan.buffers) if b.kind == "arena"]
-            table = (ctypes.c_int64 * max(1, len(slots)))(*[offsets[s] + RESERVED for s in slots])
+            table = (ctypes.c_int64 * max(1, len(slots)))(*[offsets.get(s, 0) + RESERVED for s in slots])
             shapes = [tuple(evaluate(s, dims) for s in self.plan.buffers[o].shape) for o in self._output_buffers]
             found = Layout(height + RESERVED, table, ctypes.addressof(table), tuple(shapes))
             if len(self._layouts) >= _LAYOUTS:

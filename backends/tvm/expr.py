@@ -7,7 +7,8 @@ ops are expressions over their operands; sources are buffers in memory. The inde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_of, simplify, splat
-from planish.backends.tvm.index import cast, flat_index, to_tir
-from planish.backends.tvm.semantics import ELEMENTWISE, GATHERS, GENERATORS, VIEWS
+from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_of, simplify
+from planish.backends.tvm.index import as_value, cast, flat_index, to_tir
+from planish.backends.tvm.maps import GATHERS, GENERATORS, JOINS, VIEWS
+from planish.backends.tvm.scalars import ELEMENTWISE
 from planish.ops import aten
 from planish.program import Program
 
@@ -66,6 +68,7 @@ class Evaluator:
     computed: dict[fx.Node, Expr] = field(default_factory=dict[fx.Node, Expr])
     rows: dict[fx.Node, Rows] = field(default_factory=dict[fx.Node, Rows])
     flat: bool = False
+    _known: dict[Any, tuple[Expr, tuple[Expr, ...]]] | None = None
 
     def size(self, value: Any) -> Expr:
         """A size (int, symbolic int, node or sympy expression) as a Python int or TIR expression."""
@@ -91,6 +94,31 @@ class Evaluator:
             return T.bind(self.rows[node].buffer[simplify(self.rows[node].start + index[-1])])
         if not isinstance(node.meta["val"], torch.Tensor):
             return self.size(node)
+        if self._known is not None:
+            return self._shared(node, index)
+        self._known = {}
+        try:
+            return self._shared(node, index)
+        finally:
+            self._known = None
+
+    def _shared(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
+        """A value that several ops of the region read is computed once."""
+        assert self._known is not None
+        key = (node, *map(id, index))
+        if key not in self._known:
+            self._known[key] = (self._value(node, index), index)  # the index is kept, so that its ids stay taken
+        return self._known[key][0]
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """A branch of the code being written: what it computes is not known after it."""
+        known = self._known
+        self._known = dict(known or {})
+        yield
+        self._known = known
+
+    def _value(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         if node in self.sources:
             return self.load(node, index)
         if node.target in VIEWS:
@@ -99,9 +127,11 @@ class Evaluator:
             return cast(GENERATORS[node.target](self, node, index), node.meta["val"].dtype)
         if node.target in GATHERS:
             return GATHERS[node.target](self, node, index)
+        if node.target in JOINS:
+            return JOINS[node.target](self, node, index)
         value = self.elementwise(node, index)
         # TVM's integer-set analysis fails on comparisons of bound integer vectors; LLVM shares them anyway.
-        return T.bind(value) if node.meta["val"].is_floating_point() else value
+        return T.bind(value) if node.meta["val"].is_floating_point() or lanes_of(value) == 1 else value
 
     def elementwise(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Value of an elementwise node; operands are broadcast to its shape."""
@@ -116,7 +146,7 @@ class Evaluator:
             part = index[rank - len(own) :]
             return self.at(arg, tuple(0 if as_int(s) == 1 else i for s, i in zip(own, part, strict=True)))
 
-        return ELEMENTWISE[node.target](node, operand)
+        return cast(ELEMENTWISE[node.target](node, operand), node.meta["val"].dtype)
 
     def load(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Read a source; contiguous lanes become one vector load, lanes that agree one scalar load."""
@@ -124,8 +154,13 @@ class Evaluator:
         where = flat_index(source.shape, index)
         if lanes_of(where) > 1 and isinstance(where, tirx.Broadcast):
             where = where.value
-        value = T.bind(source.buffer[where])
-        return tirx.NE(value, splat(0, lanes_of(value), "uint8")) if source.dtype is torch.bool else value
+        return as_value(T.bind(source.buffer[where]), source.dtype)
+
+    def scalar(self, place: Expr) -> Expr:
+        """A place along an axis that all lanes share; a region where it differs is built again with one lane."""
+        if lanes_of(place) > 1:
+            raise NeedsScalarLanes
+        return place
 
     def affine(
         self, node: fx.Node, index: tuple[Expr, ...], over: tuple[Any, ...]

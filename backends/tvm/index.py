@@ -14,6 +14,9 @@ from planish.backends.tvm.builder import Expr, dtype_of, lanes_of, simplify, spl
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "float32",
     torch.int64: "int64",
     torch.int32: "int32",
     torch.int16: "int16",
@@ -21,11 +24,12 @@ DTYPES: dict[torch.dtype, str] = {
     torch.uint8: "uint8",
     torch.bool: "bool",
 }
+"""Type of a value in a kernel; a bfloat16 is a float32 that has been rounded."""
 
 
 def storage_dtype(dtype: torch.dtype) -> str:
-    """TIR type of the bytes in memory: a bool is a byte."""
-    return "uint8" if dtype is torch.bool else DTYPES[dtype]
+    """TIR type of the bytes in memory: a bool is a byte, a bfloat16 the upper half of a float32."""
+    return {torch.bool: "uint8", torch.bfloat16: "uint16"}.get(dtype, DTYPES[dtype])
 
 
 def to_tir(expr: sympy.Expr, dims: Mapping[str, Expr]) -> Expr:
@@ -95,9 +99,12 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
     """Convert a value (or Python scalar) to a torch dtype."""
     kind = DTYPES[dtype]
     if isinstance(value, (bool, int, float)):
-        return tirx.const(float(value) if dtype.is_floating_point else value, kind)
+        exact = torch.tensor(value, dtype=dtype).item() if dtype is torch.bfloat16 else value
+        return tirx.const(float(exact) if dtype.is_floating_point else exact, kind)
     lanes = lanes_of(value)
     wanted = kind if lanes == 1 else f"{kind}x{lanes}"
+    if dtype is torch.bfloat16:
+        return _rounded_to_bfloat16(value if str(value.ty) == wanted else cast(value, torch.float32))
     if str(value.ty) == wanted:
         return value
     if dtype is torch.bool:
@@ -105,6 +112,40 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
     if dtype_of(value) == "bool":  # TVM's integer-set analysis fails on casts of bool vectors
         return tirx.Select(value, splat(1, lanes, kind), splat(0, lanes, kind))
     return tirx.Cast(wanted, value)
+
+
+def as_stored(value: Expr, dtype: torch.dtype) -> Expr:
+    """The value as it stands in memory (see ``storage_dtype``)."""
+    value = cast(value, dtype)
+    if dtype is torch.bfloat16:
+        lanes = lanes_of(value)
+        bits = T.shift_right(T.reinterpret(_vector("uint32", lanes), value), splat(16, lanes, "uint32"))
+        return tirx.Cast(_vector("uint16", lanes), bits)
+    return cast(value, torch.uint8) if dtype is torch.bool else value
+
+
+def as_value(stored: Expr, dtype: torch.dtype) -> Expr:
+    """The value of what stands in memory: the inverse of ``as_stored``."""
+    lanes = lanes_of(stored)
+    if dtype is torch.bfloat16:
+        bits = tirx.Cast(_vector("uint32", lanes), stored)
+        return T.reinterpret(_vector("float32", lanes), T.shift_left(bits, splat(16, lanes, "uint32")))
+    return tirx.NE(stored, splat(0, lanes, "uint8")) if dtype is torch.bool else stored
+
+
+def _vector(dtype: str, lanes: int) -> str:
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def _rounded_to_bfloat16(value: Expr) -> Expr:
+    """The float32 with its lower half rounded away, to even; a NaN stays one."""
+    lanes = lanes_of(value)
+    word = _vector("uint32", lanes)
+    value = T.bind(value)
+    bits = T.bind(T.reinterpret(word, value))
+    odd = T.bitwise_and(T.shift_right(bits, splat(16, lanes, "uint32")), splat(1, lanes, "uint32"))
+    rounded = T.bitwise_and(bits + splat(0x7FFF, lanes, "uint32") + odd, splat(0xFFFF0000, lanes, "uint32"))
+    return tirx.Select(T.isnan(value), value, T.reinterpret(_vector("float32", lanes), rounded))
 
 
 def not_equal(a: Expr, b: Expr) -> Expr:

@@ -17,9 +17,29 @@ from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
 from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
-from planish.backends.tvm.rowwise import REDUCTIONS, ROWS, lower_reduction, lower_rows, norm_reason, reduction_reason
-from planish.backends.tvm.semantics import ELEMENTWISE, FLOAT_ONLY, GATHERS, GENERATORS, VIEWS, index_reason
-from planish.ops import ATTENTION, LAYER_NORM, LINEAR, argument, aten
+from planish.backends.tvm.maps import index_reason
+from planish.backends.tvm.matmul import lower_matmul
+from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
+from planish.backends.tvm.reduction import lower_reduction, lower_scan, reduction_reason
+from planish.backends.tvm.rowwise import lower_rows, row_reason
+from planish.backends.tvm.scalars import elementwise_reason
+from planish.backends.tvm.scatter import lower_scatter, scatter_reason
+from planish.backends.tvm.sort import lower_sort, sort_reason
+from planish.ops import (
+    ATTENTION,
+    ELEMENTWISE,
+    INLINE,
+    LINEAR,
+    MATMUL,
+    RECURRENCES,
+    REDUCTIONS,
+    ROWS,
+    SCANS,
+    SCATTERS,
+    SORTS,
+    argument,
+    aten,
+)
 from planish.plan import Buffer, Call, Plan
 from planish.program import Program, source_line
 from planish.targets import Target
@@ -35,8 +55,6 @@ def unsupported(program: Program, target: Target) -> list[Unsupported]:
         grouped = node.op == "call_module"
         for n in getattr(program.module, str(node.target)).graph.nodes if grouped else [node]:
             reason = _reason(program, n)
-            if reason is None and n.target is LINEAR and not grouped and n.args[1].op != "get_attr":
-                reason = "the weight of a linear layer must be a constant matrix"
             if reason:
                 found.append(Unsupported(n.name, str(n.target), source_line(n), reason))
     return found
@@ -64,26 +82,38 @@ def _reason(program: Program, node: fx.Node) -> str | None:
 
 def _op_reason(node: fx.Node) -> str | None:
     target: Any = node.target
-    if target in ELEMENTWISE:
-        wrong = target in FLOAT_ONLY and node.meta["val"].dtype is not torch.float32
-        return f"it is native for float32 only, not {node.meta['val'].dtype}" if wrong else None
-    if target is aten.index.Tensor:
-        return index_reason(node)
-    if target in VIEWS or target in GENERATORS or target in GATHERS:
-        return None
-    checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, LAYER_NORM: norm_reason}
+    checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, aten.index.Tensor: index_reason}
     if target in checks:
         return checks[target](node)
-    if target in ROWS or target in REDUCTIONS:
-        return reduction_reason(node)
+    if target in ELEMENTWISE:
+        return elementwise_reason(node)
+    if target in INLINE:
+        return None
+    if target in ROWS:
+        return row_reason(node)
+    tables = (
+        (REDUCTIONS | SCANS, reduction_reason),
+        (SORTS, sort_reason),
+        (SCATTERS, scatter_reason),
+        (RECURRENCES, recurrent_reason),
+        ({MATMUL}, _float_reason),
+    )
+    for targets, reason in tables:
+        if target in targets:
+            return reason(node)
     return "it has no lowering"
 
 
+def _float_reason(node: fx.Node) -> str | None:
+    """Why a matrix product has no kernel, or None."""
+    dtype = node.meta["val"].dtype
+    return None if dtype is torch.float32 else f"it is native for float32, not {dtype}"
+
+
 def _linear_reason(node: fx.Node) -> str | None:
-    weight = node.args[1]
-    if not (isinstance(weight, fx.Node) and weight.op in ("get_attr", "placeholder") and weight.meta["val"].dim() == 2):
-        return "the weight of a linear layer must be a constant matrix"
-    return None if node.meta["val"].dtype is torch.float32 else "linear layers are native for float32 only"
+    if node.args[1].meta["val"].dim() != 2:  # pyright: ignore
+        return "the weight of a linear layer must be a matrix"
+    return _float_reason(node)
 
 
 def _attention_reason(node: fx.Node) -> str | None:
@@ -157,6 +187,9 @@ class Lowering:
         if node.target in ALIASES and node.args[0] in self.place and self._is_plain(node.args[0]):
             self.place[node] = self.place[node.args[0]]
             return
+        if any(s == 0 for s in self.program.shape(node)):
+            self.place[node] = self.buffer(node, "output" if node in direct else "arena")
+            return
         region, outer = self._region(node)
         self._lower_region(region, outer, node, direct)
 
@@ -189,10 +222,10 @@ class Lowering:
         self, region: Region, outer: dict[fx.Node, fx.Node]
     ) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
-        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION)), None)
+        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, MATMUL)), None)
         if anchor is None:
             return region, outer
-        count = 1 if anchor.target is LINEAR else 3
+        count = 3 if anchor.target is ATTENTION else 1
         for operand in dict.fromkeys(anchor.args[:count]):
             assert isinstance(operand, fx.Node)
             if operand not in region.inputs and not self._is_matrix(region, operand, anchor):
@@ -241,15 +274,33 @@ class Lowering:
 
     def _template(self, region: Region, lanes: int) -> Lowered:
         module, program = self.module, self.program
-        if region.find({LINEAR}):
-            return lower_linear(module, program, region)
+        if anchor := region.find({LINEAR}):
+            if self._has_constant_weight(anchor):
+                return lower_linear(module, program, region)
+            return lower_matmul(module, program, region, anchor, lanes)
+        if anchor := region.find({MATMUL}):
+            return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
             return lower_reduction(module, program, region, anchor, lanes)
+        if anchor := region.find(SCANS):
+            return lower_scan(module, program, region, anchor)
+        if anchor := region.find(SORTS):
+            return lower_sort(module, program, region, anchor)
+        if anchor := region.find(SCATTERS):
+            return lower_scatter(module, program, region, anchor)
+        if anchor := region.find(RECURRENCES):
+            return lower_recurrent(module, program, region, anchor)
         return lower_elementwise(module, program, region, lanes)
+
+    def _has_constant_weight(self, linear: fx.Node) -> bool:
+        """Whether the weight can be packed beforehand; groups are formed around such layers only."""
+        weight = linear.args[1]
+        assert isinstance(weight, fx.Node)
+        return weight.op == "get_attr" or weight.graph is not self.program.module.graph
 
     def _emit(self, region: Region, lowered: Lowered, outer: dict[fx.Node, fx.Node], index: int) -> None:
         """Append the call; operands become buffers."""

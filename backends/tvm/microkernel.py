@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at
+from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at, splat
 from planish.backends.tvm.kernel import Module
 from planish.targets import Target
 
@@ -120,7 +120,7 @@ def call_tile(
     sizes: tuple[Expr, Expr, Expr, Expr],
     *,
     vectors: int,
-    tail_lanes: int = 0,
+    tail_lanes: Expr = 0,
     bias: Expr | None = None,
 ) -> None:
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
@@ -131,13 +131,19 @@ def call_tile(
         tail_lanes: lanes of the last vector to store, 0 for all.
         bias: pointer to the row that the sums start from; None for zeros.
     """
-    arguments = (*pointers, *([] if bias is None else [bias]), *sizes, *([i32(tail_lanes)] if tail_lanes else []))
+    ragged = not isinstance(tail_lanes, int) or tail_lanes > 0
+    arguments = (
+        *pointers,
+        *([] if bias is None else [bias]),
+        *sizes,
+        *([splat(tail_lanes, 1, "int32")] if ragged else []),
+    )
 
     def choose(rows: int) -> None:
         condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
-                symbol = tile_symbol(module, rows, vectors, ragged=bool(tail_lanes), biased=bias is not None)
+                symbol = tile_symbol(module, rows, vectors, ragged=ragged, biased=bias is not None)
                 T.evaluate(T.call_extern("int32", symbol, *arguments))
             if rows > 1:
                 with T.Else():

@@ -1,4 +1,4 @@
-"""Norms, softmax and reductions over the last axis: one row at a time, with the ops before and after them."""
+"""Norms and softmax over the last axis: one row at a time, with the ops before and after them."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import sympy
+import torch
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
-from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, lanes_at, lanes_of, splat
-from planish.backends.tvm.index import unflatten_index
+from planish.backends.tvm.builder import Expr, dtype_of, f32, for_vectors, horizontal, i32, lanes_at, splat
+from planish.backends.tvm.index import as_stored, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
+from planish.backends.tvm.scalars import libm, stored
 from planish.ops import argument, aten
 from planish.program import Program
 
@@ -25,19 +27,25 @@ WAYS = 4
 
 
 def accumulate(
-    k: Kernel, size: Expr, start: float, combine: Callable[[Expr, Expr], Expr], value: Any, lanes: int
+    k: Kernel,
+    size: Expr,
+    start: float | bool,
+    combine: Callable[[Expr, Expr], Expr],
+    value: Any,
+    lanes: int,
+    dtype: str = "float32",
 ) -> Expr:
     """Combine ``value(start, lanes)`` over ``0..size`` in a fixed order.
 
     ``WAYS`` vectors side by side, the vectors that are left, then single elements; at the end the accumulators and
     their lanes pairwise.
     """
-    wide = [T.alloc_buffer((lanes,), "float32") for _ in range(WAYS)]
-    narrow = T.alloc_buffer((1,), "float32")
+    wide = [T.alloc_buffer((lanes,), dtype) for _ in range(WAYS)]
+    narrow = T.alloc_buffer((1,), dtype)
     whole = lanes_at(i32(0), lanes)
     for register in wide:
-        T.buffer_store(register, splat(start, lanes), [whole])
-    T.buffer_store(narrow, f32(start), [i32(0)])
+        T.buffer_store(register, splat(tirx.const(start, dtype), lanes), [whole])
+    T.buffer_store(narrow, tirx.const(start, dtype), [i32(0)])
     step = lanes * WAYS
     blocks = size // step if isinstance(size, int) else T.floordiv(size, step)
     with T.serial(0, blocks) as block:
@@ -60,11 +68,19 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def maximum(a: Expr, b: Expr) -> Expr:
     """Maximum that keeps NaN ("a > b ? a : b" keeps a NaN of b)."""
-    # In memory (a register in the end), or TVM inlines each of the uses of ``a``: combining lanes pairwise nests them.
-    whole = lanes_at(i32(0), lanes_of(a))
-    kept = T.alloc_buffer((lanes_of(a),), "float32")
-    T.buffer_store(kept, a, [whole])
-    return tirx.Select(T.isnan(kept[whole]), kept[whole], T.max(kept[whole], b))
+    a = stored(a)
+    return tirx.Select(T.isnan(a), a, T.max(a, b)) if "float" in dtype_of(a) else T.max(a, b)
+
+
+def minimum(a: Expr, b: Expr) -> Expr:
+    """Minimum that keeps NaN."""
+    a = stored(a)
+    return tirx.Select(T.isnan(a), a, T.min(a, b)) if "float" in dtype_of(a) else T.min(a, b)
+
+
+def multiply(a: Expr, b: Expr) -> Expr:
+    """Product."""
+    return a * b
 
 
 def normalise_row(
@@ -121,7 +137,8 @@ def store(
     k.ev.computed = {anchor: value}
     result = k.ev.at(after or k.region.result, index)
     k.ev.computed = before
-    T.buffer_store(out, splat(result, lanes), [lanes_at(at, lanes)])
+    dtype = (after or k.region.result).meta["val"].dtype
+    T.buffer_store(out, splat(as_stored(result, dtype), lanes), [lanes_at(at, lanes)])
 
 
 def softmax_row(k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int) -> None:
@@ -144,19 +161,33 @@ def softmax_row(k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Ex
         store(k, node, value, out, base + start, (*index, lanes_at(start, count)), count)
 
 
+def log_softmax_row(
+    k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int
+) -> None:
+    """x - max - log(sum exp(x - max)) of the row at ``out[base : base+size]`` in place."""
+
+    def at(start: Expr, count: int) -> Expr:
+        return out[lanes_at(base + start, count)]
+
+    top = accumulate(k, size, float("-inf"), maximum, at, lanes)
+
+    def exponential(start: Expr, count: int) -> Expr:
+        return vmath.exp_nonpositive(at(start, count) - splat(top, count))
+
+    shift = T.bind(top + libm("log", accumulate(k, size, 0.0, add, exponential, lanes)))
+    for start, count in for_vectors(size, lanes):
+        value = T.bind(at(start, count) - splat(shift, count))
+        store(k, node, value, out, base + start, (*index, lanes_at(start, count)), count)
+
+
 ROWS: dict[Any, Callable[..., None]] = {
     aten.layer_norm.default: normalise_row,
     aten.softmax.int: softmax_row,
     aten._softmax.default: softmax_row,
+    aten.log_softmax.int: log_softmax_row,
+    aten._log_softmax.default: log_softmax_row,
 }
 """Ops that map a row to a row of the same length."""
-
-REDUCTIONS: dict[Any, tuple[float, Callable[[Expr, Expr], Expr], bool]] = {
-    aten.mean.dim: (0.0, add, True),
-    aten.sum.dim_IntList: (0.0, add, False),
-    aten.amax.default: (float("-inf"), maximum, False),
-}
-"""Ops that reduce the last axis: start value, combination, and whether the result is divided by the length."""
 
 
 def lower_rows(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
@@ -169,48 +200,24 @@ def lower_rows(module: Module, program: Program, region: Region, anchor: fx.Node
         shape = k.ev.shape(anchor)
         lead, size = shape[:-1], shape[-1]
         x = anchor.args[0]
-        with rows_in_parallel(_count(lead)) as row:
+        with rows_in_parallel(row_count(lead)) as row:
             index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
             base = T.bind(row * size)
             for start, count in for_vectors(size, lanes):
                 value = k.ev.at(x, (*index, lanes_at(start, count)))
                 T.buffer_store(out, splat(value, count), [lanes_at(base + start, count)])
             ROWS[anchor.target](k, anchor, out, base, size, index, lanes)
-    return _lowered(k, program, anchor)
+    return row_kernel(k, program, anchor)
 
 
-def lower_reduction(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
-    """Kernel of a region around a reduction over the last axis.
-
-    before: ``sqrt(mean(a * a, -1))``
-    after:  for each row: one accumulated vector, combined pairwise; the square root on the result
-    """
-    start_value, combine, divide = REDUCTIONS[anchor.target]
-    with kernel(module, program, region) as (k, out, _):
-        x = anchor.args[0]
-        assert isinstance(x, fx.Node)
-        shape = k.ev.shape(x)
-        lead, size = shape[:-1], shape[-1]
-        with rows_in_parallel(_count(lead)) as row:
-            index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
-            value = accumulate(
-                k, size, start_value, combine, lambda s, c: splat(k.ev.at(x, (*index, lanes_at(s, c))), c), lanes
-            )
-            if divide:
-                value = T.bind(value / (f32(float(size)) if isinstance(size, int) else tirx.Cast("float32", size)))
-            kept = len(k.ev.shape(k.region.result)) > len(lead)
-            store(k, anchor, value, out, row, (*index, 0) if kept else index, 1)
-    return _lowered(k, program, anchor)
-
-
-def _count(lead: tuple[Expr, ...]) -> Expr:
+def row_count(lead: tuple[Expr, ...]) -> Expr:
     total: Expr = i32(1)
     for s in lead:
         total = total * s
     return T.bind(total)
 
 
-def _lowered(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
+def row_kernel(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
     x = anchor.args[0]
     elements = sympy.prod(program.shape(x))
     assert k.function.func is not None
@@ -218,18 +225,11 @@ def _lowered(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
     return Lowered(name, k.function.func, k.operands, name, program.shape(x), 5 * elements)
 
 
-def reduction_reason(node: fx.Node) -> str | None:
-    """Why a reduction or softmax has no kernel here, or None."""
-    rank = node.args[0].meta["val"].dim()  # pyright: ignore
-    axes = node.args[1] if len(node.args) > 1 else None
-    axes = [axes] if isinstance(axes, int) else axes
-    if not axes or [a % rank for a in axes] != [rank - 1]:  # pyright: ignore
-        return "only the last axis is reduced natively"
-    if not node.args[0].meta["val"].is_floating_point():  # pyright: ignore
-        return "only floating-point values are reduced natively"
-    return None
-
-
-def norm_reason(node: fx.Node) -> str | None:
-    """Why a layer norm has no kernel here, or None."""
-    return None if len(node.args[1]) == 1 else "only the last axis is normalised natively"  # pyright: ignore
+def row_reason(node: fx.Node) -> str | None:
+    """Why a norm or softmax has no kernel here, or None."""
+    if node.target is aten.layer_norm.default and len(node.args[1]) != 1:  # pyright: ignore
+        return "only the last axis is normalised natively"
+    x = node.args[0].meta["val"]  # pyright: ignore
+    if node.target is not aten.layer_norm.default and (not x.dim() or node.args[1] % x.dim() != x.dim() - 1):  # pyright: ignore
+        return "only the last axis is normalised natively"
+    return None if node.meta["val"].dtype is torch.float32 else f"it is native for float32, not {x.dtype}"

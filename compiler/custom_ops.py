@@ -1,0 +1,91 @@
+"""The ``planish::`` operators: what the graph needs whole and ATen has only with several results, or not at all.
+
+Each has a plain-PyTorch reference, so a graph with them runs in eager, and a shape function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("planish::argsort", mutates_args=())
+def argsort(x: Tensor, descending: bool) -> Tensor:
+    """Positions of each row's elements in order, equal ones in the order they stand in; int64, shape of ``x``."""
+    return torch.argsort(x, dim=-1, descending=descending, stable=True)
+
+
+@argsort.register_fake
+def _(x: Tensor, descending: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int64, device=x.device)
+
+
+@torch.library.custom_op("planish::argtopk", mutates_args=())
+def argtopk(x: Tensor, k: int, largest: bool) -> Tensor:
+    """Positions of each row's ``k`` largest (or smallest) elements, best first, equal ones in order; int64 [..., k]."""
+    return torch.argsort(x, dim=-1, descending=largest, stable=True)[..., :k].contiguous()
+
+
+@argtopk.register_fake
+def _(x: Tensor, k: int, largest: bool) -> Tensor:
+    return torch.empty((*x.shape[:-1], k), dtype=torch.int64, device=x.device)
+
+
+@torch.library.custom_op("planish::lstm_layer", mutates_args=())
+def lstm_layer(gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, reverse: bool) -> Tensor:
+    """One direction of one LSTM layer over all time steps.
+
+    Args:
+        gates: [T, N, 4H], what the input and both biases contribute to the gates i, f, g, o.
+        weight: [4H, H], recurrent.
+        h: [N, H], first hidden state.
+        c: [N, H], first cell state.
+        reverse: go from the last time step to the first.
+
+    Returns:
+        [T, N, 2H]: hidden and cell state after each step. i, f, o are sigmoids, g is a tanh;
+        c' = f c + i g and h' = o tanh(c') (Hochreiter and Schmidhuber 1997, in PyTorch's gate order).
+    """
+    steps = range(gates.shape[0])
+    states: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        i, f, g, o = (gates[t] + h @ weight.t()).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * c.tanh()
+        states.append(torch.cat([h, c], -1))
+    return torch.stack(states[::-1] if reverse else states)
+
+
+@lstm_layer.register_fake
+def _(gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, reverse: bool) -> Tensor:
+    return gates.new_empty((gates.shape[0], gates.shape[1], 2 * h.shape[-1]))
+
+
+@torch.library.custom_op("planish::gru_layer", mutates_args=())
+def gru_layer(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor, reverse: bool) -> Tensor:
+    """One direction of one GRU layer over all time steps.
+
+    Args:
+        gates: [T, N, 3H], what the input and its bias contribute to the gates r, z, n.
+        weight: [3H, H], recurrent.
+        bias: [3H], recurrent.
+        h: [N, H], first hidden state.
+        reverse: go from the last time step to the first.
+
+    Returns:
+        [T, N, H]: hidden state after each step, h' = (1 - z) n + z h with n = tanh(x_n + r h_n) (Cho et al. 2014).
+    """
+    steps = range(gates.shape[0])
+    states: list[Tensor] = []
+    for t in reversed(steps) if reverse else steps:
+        (xr, xz, xn), (hr, hz, hn) = gates[t].chunk(3, -1), (h @ weight.t() + bias).chunk(3, -1)
+        r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
+        n = (xn + r * hn).tanh()
+        h = n + z * (h - n)
+        states.append(h)
+    return torch.stack(states[::-1] if reverse else states)
+
+
+@gru_layer.register_fake
+def _(gates: Tensor, weight: Tensor, bias: Tensor, h: Tensor, reverse: bool) -> Tensor:
+    return gates.new_empty((gates.shape[0], gates.shape[1], h.shape[-1]))
