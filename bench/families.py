@@ -86,7 +86,9 @@ class FamilyRow:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FamilyRow:
         """The row that ``to_dict`` wrote."""
-        return FamilyRow(**{**values, "reasons": [Reason(**reason) for reason in values["reasons"]]})
+        row = FamilyRow(**values)
+        row.reasons = [Reason(**reason) for reason in values["reasons"]]
+        return row
 
 
 @dataclass(frozen=True)

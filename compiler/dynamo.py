@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -129,10 +129,9 @@ class Graph:
         owner = {symbol: (i.name, axis) for i in self.inputs for axis, symbol in i.symbols.items()}
         for place, node in others.items():
             value = node.meta.get("example_value")
-            fixed = isinstance(value, torch.SymInt) and value.node.expr.is_number
             if str(value) in owner:
                 self.sizes[place] = owner[str(value)]
-            elif fixed or node.meta["grapharg"].source.guard_source.is_unspecialized_nn_module():
+            elif _has_one_value(value) or node.meta["grapharg"].source.guard_source.is_unspecialized_nn_module():
                 self.numbers.append(place)
             else:
                 self._problem = InputError(
@@ -193,7 +192,12 @@ class Graph:
 def _symbols(tensor: torch.Tensor) -> dict[int, str]:
     """Axis to symbol, for the axes of a fake tensor that vary."""
     sizes = {axis: size for axis, size in enumerate(tensor.shape) if isinstance(size, torch.SymInt)}
-    return {axis: str(size) for axis, size in sizes.items() if not size.node.expr.is_number}
+    return {axis: str(size) for axis, size in sizes.items() if not _has_one_value(size)}
+
+
+def _has_one_value(size: Any) -> bool:
+    """Whether it is a symbolic int that dynamo has found to be one number."""
+    return isinstance(size, torch.SymInt) and cast("Any", size).node.expr.is_number
 
 
 def _number(value: Any) -> int | float:

@@ -286,8 +286,8 @@ def build(name: str) -> torch.nn.Module:
 
     auto: Any = getattr(transformers, row.auto or KINDS[row.kind].auto)
     config = _config(row)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
+    with torch.random.fork_rng(devices=()):  # pyright: ignore[reportUnknownMemberType]
+        torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
         model = cast("torch.nn.Module", auto.from_config(config))
     return model.eval().requires_grad_(False)
 
@@ -296,7 +296,7 @@ def _config(row: Family) -> Any:
     """The transformers configuration of a family; one made of a text and a vision part gets both made small."""
     from transformers import AutoConfig
 
-    make = cast("Callable[..., Any]", AutoConfig.for_model)
+    make = cast("Callable[..., Any]", AutoConfig.for_model)  # pyright: ignore[reportUnknownMemberType]
     model_type = row.model_type or row.name
     default = make(model_type)
     parts = {name: getattr(default, name) for name in ("text_config", "vision_config") if hasattr(default, name)}
