@@ -85,7 +85,7 @@ def lower_grouped(module: Module, program: Program, region: Region, anchor: fx.N
     assert isinstance(first, fx.Node)
     assert isinstance(weight, fx.Node)
     groups, depth, columns = (int(s) for s in weight.meta["val"].shape)
-    tile = gemm_tile(module.target)
+    tile = gemm_tile(module.target, 0)
     width = tile.vectors * module.target.lanes
     with kernel(module, program, region) as (k, out, _):
         a = matrix(k.ev, first)
