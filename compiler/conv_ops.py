@@ -36,10 +36,17 @@ def convolution(
     output_padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """``aten.convolution`` of [N, spatial..., C]; the weight keeps ATen's order of axes."""
-    y = aten.convolution.default(
-        x.movedim(-1, 1), weight, bias, stride, padding, dilation, transposed, output_padding, groups
-    )
+    """``aten.convolution`` of [N, spatial..., C]; the weight keeps ATen's order of axes.
+
+    ``padding`` has the zeros before each spatial axis, then those after each.
+    """
+    rank = x.dim() - 2
+    before, after = list(padding[:rank]), list(padding[rank:])
+    x = x.movedim(-1, 1)
+    if before != after:
+        sides = [p for axis in reversed(range(rank)) for p in (before[axis], after[axis])]
+        x, before = F.pad(x, sides), [0] * rank
+    y = aten.convolution.default(x, weight, bias, stride, before, dilation, transposed, output_padding, groups)
     return _channels_last(y)
 
 
@@ -73,9 +80,66 @@ def avg_pool(
     return _channels_last(pool(x.movedim(-1, 1), kernel, stride, padding, ceil_mode, count_include_pad, *last))
 
 
-# A reference runs on fake tensors as it is, and gives the shape.
-for _op in (convolution, max_pool, avg_pool):
-    _op.register_fake(_op._init_fn)
+@convolution.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> Tensor:
+    sizes: list[Any] = []
+    rank = x.dim() - 2
+    for axis, size in enumerate(x.shape[1:-1]):
+        around = padding[axis] + padding[rank + axis]
+        reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        if transposed:
+            sizes.append((size - 1) * stride[axis] - around + reach + output_padding[axis])
+        else:
+            sizes.append((size + around - reach) // stride[axis] + 1)
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    return x.new_empty((x.shape[0], *sizes, channels))
+
+
+def _pooled(x: Tensor, windows: Sequence[Sequence[int]], ceil_mode: bool) -> Tensor:
+    """An empty tensor of the shape of a pooling's result; ``windows`` are (kernel, stride, padding, dilation)."""
+    sizes: list[Any] = []
+    for size, (kernel, stride, padding, dilation) in zip(x.shape[1:-1], windows, strict=True):
+        free = size + 2 * padding - dilation * (kernel - 1) - 1
+        count = (free + (stride - 1 if ceil_mode else 0)) // stride + 1
+        # a window must begin inside the input or the padding before it
+        sizes.append(count - 1 if ceil_mode and (count - 1) * stride >= size + padding else count)
+    return x.new_empty((x.shape[0], *sizes, x.shape[-1]))
+
+
+@max_pool.register_fake
+def _(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    ceil_mode: bool,
+) -> Tensor:
+    return _pooled(x, list(zip(kernel, stride, padding, dilation, strict=True)), ceil_mode)
+
+
+@avg_pool.register_fake
+def _(
+    x: Tensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    return _pooled(x, list(zip(kernel, stride, padding, [1] * len(kernel), strict=True)), ceil_mode)
+
 
 CONVOLUTION_LAST = torch.ops.planish.convolution.default
 MAX_POOL_LAST = torch.ops.planish.max_pool.default
@@ -127,15 +191,19 @@ class Convolution:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+    padding_after: tuple[int, ...]
+    """Zeros after each spatial axis; those before are the window's."""
 
     @staticmethod
     def of(node: fx.Node) -> Convolution:
         """The arguments of an ``aten.convolution`` or ``planish::convolution`` node."""
         x, weight, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
         kernel = tuple(weight.meta["val"].shape[2:])  # pyright: ignore
-        spatial = [_spread(v, len(kernel)) for v in (stride, padding, dilation, output_padding)]
-        window = Window(kernel, *spatial[:3], channels_last=node.target is CONVOLUTION_LAST)
-        return Convolution(x, weight, bias, window, bool(transposed), spatial[3], int(groups))  # pyright: ignore
+        rank, last = len(kernel), node.target is CONVOLUTION_LAST
+        before, after = (padding[:rank], padding[rank:]) if last else (padding, padding)  # pyright: ignore
+        spatial = [_spread(v, rank) for v in (stride, before, dilation, output_padding, after)]
+        window = Window(kernel, *spatial[:3], channels_last=last)
+        return Convolution(x, weight, bias, window, bool(transposed), spatial[3], int(groups), spatial[4])  # pyright: ignore
 
     @property
     def inputs(self) -> int:

@@ -17,7 +17,10 @@ class Data(Protocol):
     """Real inputs, in a fixed order."""
 
     def batches(self, n_docs: int = 64, batch: int = 16, max_len: int = 256) -> list[Batch]:
-        """The first ``n_docs`` documents as padded batches of at most ``batch`` documents of ``max_len`` tokens."""
+        """The first ``n_docs`` documents as padded batches of at most ``batch`` documents of ``max_len`` tokens.
+
+        Images are documents without a length.
+        """
         ...
 
 
@@ -42,7 +45,7 @@ class LoadedModel:
     Attributes:
         name: its name in the registry.
         model: the module, in eval mode and without gradients.
-        tokenizer: text to ids, without padding and truncation.
+        tokenizer: text to ids, without padding and truncation; None for images.
         inputs: example inputs by argument name: a small batch of real data.
         dynamic: argument name to {axis: Dim}, for ``planish.compile(..., dynamic=...)``.
         data: real inputs.

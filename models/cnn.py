@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from planish.models.base import LoadedModel
+from planish.models.images import LogitsMetric, load_images
+from planish.models.registry import ModelRow
+from planish.program import Dim
+
 
 class Bottleneck(nn.Module):
     """1x1, 3x3, 1x1 convolutions with batch norms, and the shortcut; the stride is on the 3x3 one (ResNet v1.5)."""
@@ -67,3 +72,21 @@ def resnet50(seed: int = 0) -> ResNet:
             module.running_mean.normal_(0.0, 0.1, generator=generator)  # pyright: ignore
             module.running_var.uniform_(0.8, 1.2, generator=generator)  # pyright: ignore
     return model
+
+
+def build(row: ModelRow) -> LoadedModel:
+    """The model and the images; batch may grow to 32.
+
+    Raises:
+        MissingPackageError: the images are not installed.
+    """
+    data = load_images(row, "x")
+    return LoadedModel(
+        name=row.name,
+        model=resnet50(),
+        tokenizer=None,
+        inputs=data.batches(2, 2)[0],
+        dynamic={"x": {0: Dim("batch", 1, 32)}},
+        data=data,
+        metric=LogitsMetric(),
+    )

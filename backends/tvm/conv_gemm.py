@@ -63,13 +63,13 @@ def lower_conv_gemm(module: Module, program: Program, region: Region, anchor: fx
     width = gemm_tile(module.target, per_group).vectors * module.target.lanes
     layout = Packed(conv.weight, "window_columns", width) if conv.groups == 1 else None
     packed = layout or Packed(conv.weight, "group_panels", per_group)
-    framed = any(conv.window.padding) or conv.x not in region.inputs
+    framed = any((*conv.window.padding, *conv.padding_after)) or conv.x not in region.inputs
     extra: list[tuple[Any, str]] = [(packed, "float32")]
     if framed:
         batch, _, spatial = conv.window.split(program.shape(conv.x))
         elements = batch * conv.inputs
-        for size, pad in zip(spatial, conv.window.padding, strict=True):
-            elements = elements * (size + 2 * pad)
+        for size, before, after in zip(spatial, conv.window.padding, conv.padding_after, strict=True):
+            elements = elements * (size + before + after)
         extra.append((Scratch(4 * elements), "float32"))
     with kernel(module, program, region, extra, skip=[conv.weight]) as (k, out, extras):
         if framed:
@@ -85,7 +85,8 @@ def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
     """Emit the copy of the input into a frame of zeros; returns the framed image."""
     batch, channels, spatial = conv.window.split(k.ev.shape(conv.x))
     (top, left), (rows, columns) = _plane(conv.window.padding, 0), _plane(spatial, i32(1))
-    height, width = rows + 2 * top, columns + 2 * left
+    bottom, right = _plane(conv.padding_after, 0)
+    height, width = rows + (top + bottom), columns + (left + right)
     with rows_in_parallel(T.bind(batch * height + i32(0))) as row:
         n, y = T.bind(T.floordiv(row, height)), T.bind(T.floormod(row, height) - top)
         base = T.bind(row * width * channels)
@@ -103,7 +104,7 @@ def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
                         value = k.ev.at(conv.x, (n, *place, lanes_at(c, lanes)))
                         at = base + (left + x) * channels + c
                         T.buffer_store(frame, splat(value, lanes), [lanes_at(at, lanes)])
-                zeros((left + columns) * channels, left * channels)
+                zeros((left + columns) * channels, right * channels)
             with T.Else():
                 zeros(0, width * channels)
     return Image(frame, height, width)

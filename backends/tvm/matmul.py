@@ -52,7 +52,7 @@ def lower_matmul(module: Module, program: Program, region: Region, anchor: fx.No
     assert isinstance(first, fx.Node)
     assert isinstance(second, fx.Node)
     depth = program.shape(first)[-1]
-    tile = gemm_tile(module.target, 0)
+    tile = gemm_tile(module.target)
     width = tile.vectors * module.target.lanes
     with kernel(module, program, region) as (k, out, _):
         operands = _linear_operands(k, anchor) if anchor.target is LINEAR else _batched_operands(k, anchor)

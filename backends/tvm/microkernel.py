@@ -25,8 +25,9 @@ class Tile:
     vectors: int
 
 
-def gemm_tile(target: Target, columns: int) -> Tile:
-    """Block for an output of so many columns: the one whose width leaves least over, 8 x 3 where both do.
+def gemm_tile(target: Target, columns: int = 0) -> Tile:
+    """Block for an output of so many columns: the one whose width leaves least over, 8 x 3 where both do,
+    and where the number is not known (0).
 
     The last block of columns may be narrower, and a tile of one vector runs at half the speed: 64 columns are one
     block of 6 x 4, not one of 8 x 3 and a rest.

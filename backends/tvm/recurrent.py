@@ -27,7 +27,7 @@ def lower_recurrent(module: Module, program: Program, region: Region, anchor: fx
     weight = anchor.args[1]
     assert isinstance(weight, fx.Node)
     count, size = (int(s) for s in weight.meta["val"].shape)
-    tile = gemm_tile(module.target, 0)
+    tile = gemm_tile(module.target)
     width = tile.vectors * module.target.lanes
     panels = [(Packed(weight, "columns", width), "float32")]
     with kernel(module, program, region, panels, skip=[weight]) as (k, out, (packed,)):
