@@ -110,6 +110,18 @@ def simplify(value: Expr) -> Expr:
     return value if isinstance(value, int) else analyzer.simplify(value)
 
 
+def opaque(size: Expr) -> Expr:
+    """The size, read from memory where it is no constant: TVM would put a whole expression in place of each use.
+
+    Nested divisions by such expressions take its simplifier minutes.
+    """
+    if as_int(size) is not None:
+        return size
+    kept = T.alloc_buffer((1,), "int32")
+    T.buffer_store(kept, size, [0])
+    return T.bind(kept[0])
+
+
 def equal(a: Expr, b: Expr) -> bool:
     """Whether two sizes are provably equal."""
     if isinstance(a, int) and isinstance(b, int):
