@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 from planish import models
-from planish.bench import MIN_ROUNDS, inductor, limits, memory, overhead
+from planish.bench import MIN_ROUNDS, limits, memory, overhead
+from planish.bench.contest import compile_twice, contest
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
-from planish.bench.latency import interleave
-from planish.bench.quality import outputs, quality
-from planish.bench.result import BenchResult, make_row
+from planish.bench.result import BenchResult
 from planish.models.base import Batch, LoadedModel
 
 
