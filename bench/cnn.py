@@ -9,10 +9,9 @@ from typing import Any
 import torch
 
 from planish import models
-from planish.bench import limits
+from planish.bench import MIN_ROUNDS, limits
 from planish.bench.contest import compile_twice, contest
 from planish.bench.kernels import kernel_rows, with_shares
-from planish.bench.latency import MIN_ROUNDS
 from planish.bench.result import BenchResult, KernelRow, Row
 
 MODELS = ("efficientnet-lite0", "resnet50")
