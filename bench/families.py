@@ -26,7 +26,7 @@ LEVELS = ("batch+seq", "batch", "static")
 """Which dims are dynamic, in the order tried: a family keeps the first that torch.export can capture."""
 
 TIME_LIMIT = 600.0
-"""Seconds for one family; the slowest take 100 s on a machine that does nothing else."""
+"""Seconds for one family; generous, as other work on the machine must not decide a row."""
 
 PROCESSES = 2
 """Families checked at once: each takes 1 to 2 GB."""
