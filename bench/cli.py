@@ -60,6 +60,30 @@ def encoder(
 
 
 @app.command()
+def cnn(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over all images")] = 11,
+) -> None:
+    """EfficientNet-lite0 and ResNet-50 on ImageNet images, at batch 1 and 8."""
+    count = threads if threads is not None else len(os.sched_getaffinity(0))
+    os.environ["OMP_NUM_THREADS"] = str(count)  # read once, when the OpenMP runtime is loaded with torch
+    from rich.console import Console
+
+    import planish
+    from planish.bench.cnn import Options, run
+    from planish.bench.report import show
+
+    progress = Console(stderr=True, highlight=False)
+    result = run(Options(count, rounds), planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
+    if json is not None:
+        result.write(json)
+    show(result.to_dict(), Console())
+    if json is not None:
+        typer.echo(f"written: {json}")
+
+
+@app.command()
 def families(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="NAMES", help="families, separated by commas")] = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,10 @@ from typing import Any
 import torch
 
 from planish import models
-from planish.bench import MIN_ROUNDS, inductor, limits, memory, overhead
+from planish.bench import MIN_ROUNDS, limits, memory, overhead
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
-from planish.bench.latency import interleave
-from planish.bench.quality import outputs, quality
-from planish.bench.result import BenchResult, make_row
+from planish.bench.result import BenchResult
 from planish.models.base import Batch, LoadedModel
-
-COMPILED = "planish-fp32"
 
 
 @dataclass(frozen=True)
@@ -63,20 +58,10 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
     batches = loaded.data.batches(options.docs, options.batch, options.max_len)
     with torch.inference_mode(), limits.probe(options.threads) as probe:
         log(f"compiling {options.model}, twice")
-        compiled, compile_times = _compile_twice(compile_model, loaded)
-        log("compiling with inductor, both modes")
-        rival = inductor.build(loaded.model, batches)
-        log(f"{options.rounds} interleaved rounds")
-        calls: dict[str, Callable[..., Any]] = {"eager": loaded.model}
-        if isinstance(rival, inductor.Inductor):
-            calls["inductor"] = rival.call
-        calls[COMPILED] = compiled
-        times = interleave({n: inductor.run_all(c, batches) for n, c in calls.items()}, options.rounds)
-        reference = outputs(loaded.model, batches, loaded.metric)
-        qualities = {n: quality(c, reference, batches, loaded.metric) for n, c in calls.items()}
+        compiled, compile_times = compile_twice(compile_model, loaded)
+        found = contest(loaded, compiled, batches, options.rounds, log)
         log("the machine's limits, each kernel alone, call overhead")
         limits_before = limits.measure(probe)
-        rows = [make_row(n, times, qualities[n], _versus(n, calls)) for n in calls]
         probes = _probe_batches(loaded, batches)
         kernels = gemm_rows(compile_model, loaded.model) + kernel_rows(compiled, probes)
         limits_found = limits.combine(limits_before, limits.measure(probe))
@@ -87,25 +72,9 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             **overhead.call_overhead(compile_model),
             **overhead.after_torch_op(compiled, probes[1]),
             "memory": {**compiled.memory(batches[0]), "peak_rss": peaks},
-            "inductor": {"mode": rival.mode, "trial_ms": rival.trial_ms} if not isinstance(rival, str) else None,
+            "inductor": found.mode,
         }
-    absent = [{"name": "inductor", "reason": rival}] if isinstance(rival, str) else []
-    return BenchResult("encoder", options.threads, limits_found, rows, kernels, absent, extra)
-
-
-def _compile_twice(compile_model: Callable[..., Any], loaded: LoadedModel) -> tuple[Any, dict[str, float]]:
-    """The compiled model, with the seconds of compiling it (export included) and of doing the same again."""
-    seconds: list[float] = []
-    compiled = None
-    for _ in range(2):
-        start = time.perf_counter()
-        compiled = compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic)
-        seconds.append(time.perf_counter() - start)
-    return compiled, {"compile_s": seconds[0], "second_compile_s": seconds[1]}
-
-
-def _versus(name: str, calls: dict[str, Callable[..., Any]]) -> tuple[str, ...]:
-    return ("inductor",) if name == COMPILED and "inductor" in calls else ()
+    return BenchResult("encoder", options.threads, limits_found, found.rows, kernels, found.absent, extra)
 
 
 def _probe_batches(loaded: LoadedModel, batches: list[Batch]) -> list[Batch]:

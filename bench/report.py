@@ -26,8 +26,17 @@ def show(result: dict[str, Any], console: Console) -> None:
     for absent in result["absent"]:
         console.print(Text(f"no {absent['name']} row: {absent['reason']}"))
     console.print(_kernels(result["kernels"]))
-    for line in _figures(result):
+    for line in {"encoder": _figures, "cnn": _cnn_figures}[result["bench"]](result):
         console.print(Text(line))
+
+
+_QUALITY = {
+    "cosine_min": ("cosine min", ".7f"),
+    "top1_equal": ("top-1 equal", ".0%"),
+    "max_rel": ("max rel. Δ", ".1e"),
+    "max_abs": ("max |Δ|", ".1e"),
+}
+"""Column and format of each figure of a row's quality that is shown."""
 
 
 def show_families(result: dict[str, Any], console: Console) -> None:
@@ -69,7 +78,9 @@ def _reason(reason: dict[str, Any]) -> str:
 
 
 def _rows(rows: list[dict[str, Any]]) -> Table:
-    columns = ("contender", "median ms", "min ms", "x eager", "95 % interval", "cosine min", "max |Δ|", "claim")
+    shown = [key for key in _QUALITY if key in rows[0]["quality"]]
+    labels = [_QUALITY[key][0] for key in shown]
+    columns = ("contender", "median ms", "min ms", "x eager", "95 % interval", *labels, "claim")
     cells: list[tuple[str, ...]] = []
     for row in rows:
         low, high = row["ratio_ci95"]
@@ -84,8 +95,7 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
                 f"{row['ms_min']:.1f}",
                 f"{row['ratio_to_eager']:.3f}",
                 f"{low:.3f} to {high:.3f}",
-                f"{row['quality']['cosine_min']:.7f}",
-                f"{row['quality']['max_abs']:.1e}",
+                *(format(row["quality"][key], _QUALITY[key][1]) for key in shown),
                 "; ".join(claims),
             )
         )
@@ -130,6 +140,21 @@ def _figures(result: dict[str, Any]) -> list[str]:
     if result["inductor"]:
         trial = ", ".join(f"{mode} {ms:.0f} ms" for mode, ms in result["inductor"]["trial_ms"].items())
         lines.append(f"inductor runs in its faster mode, {result['inductor']['mode']} ({trial})")
+    return lines
+
+
+def _cnn_figures(result: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for name, times in result["compile"].items():
+        scores = result["accuracy"][name]
+        lines.append(
+            f"{name}: compile {times['compile_s']:.1f} s with export, again {times['second_compile_s']:.2f} s; "
+            f"on 20 images {scores['top1_equal']:.0%} equal top-1, scores within {scores['max_rel']:.1e}"
+        )
+    for label, found in result["inductor"].items():
+        if found:
+            trial = ", ".join(f"{mode} {ms:.0f} ms" for mode, ms in found["trial_ms"].items())
+            lines.append(f"inductor runs {label} in its faster mode, {found['mode']} ({trial})")
     return lines
 
 

@@ -129,6 +129,8 @@ def keep(value: Expr) -> Expr:
     ``T.bind`` is not enough for what is computed from bound values: TVM substitutes each into all its uses, again and
     again, which grows exponentially. It also hides integers from TVM's interval analysis, which fails on some.
     """
+    if isinstance(value, (int, tirx.IntImm)):
+        return value
     lanes, boolean = lanes_of(value), dtype_of(value) == "bool"
     place = T.alloc_buffer((lanes,), "uint8" if boolean else dtype_of(value))
     whole = lanes_at(i32(0), lanes)

@@ -15,9 +15,8 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import TASKS, Expr, ceil_div, f32, for_vectors, i32, lanes_at, splat
+from planish.backends.tvm.builder import TASKS, Expr, ceil_div, f32, for_vectors, i32, keep, lanes_at, splat
 from planish.backends.tvm.conv import lowered
-from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, gemm_tile
 from planish.backends.tvm.window_tile import BIASED, SUM, ZERO, call_window_tile
@@ -76,7 +75,7 @@ def lower_conv_gemm(module: Module, program: Program, region: Region, anchor: fx
             image = fill_frame(k, conv, extras[1])
         else:
             _, _, spatial = conv.window.split(k.ev.shape(conv.x))
-            image = Image(k.ev.sources[conv.x].buffer, *_plane(spatial, i32(1)))
+            image = Image(k.ev.sources[conv.x].buffer, *_plane(spatial, 1))
         _Product(k, anchor, conv, image, extras[0], out).emit()
     return lowered(k, program, "conv_gemm", anchor, conv)
 
@@ -84,9 +83,9 @@ def lower_conv_gemm(module: Module, program: Program, region: Region, anchor: fx
 def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
     """Emit the copy of the input into a frame of zeros; returns the framed image."""
     batch, channels, spatial = conv.window.split(k.ev.shape(conv.x))
-    (top, left), (rows, columns) = _plane(conv.window.padding, 0), _plane(spatial, i32(1))
+    (top, left), (rows, columns) = _plane(conv.window.padding, 0), map(keep, _plane(spatial, 1))
     bottom, right = _plane(conv.padding_after, 0)
-    height, width = rows + (top + bottom), columns + (left + right)
+    height, width = keep(rows + (top + bottom)), keep(columns + (left + right))
     with rows_in_parallel(T.bind(batch * height + i32(0))) as row:
         n, y = T.bind(T.floordiv(row, height)), T.bind(T.floormod(row, height) - top)
         base = T.bind(row * width * channels)
@@ -120,6 +119,8 @@ class _Product:
     image: Image
     panels: Any
     out: Any
+    plane: tuple[Expr, Expr] = (1, 1)
+    """Height and width of the result."""
 
     @property
     def tile(self) -> Tile:
@@ -139,20 +140,20 @@ class _Product:
     def emit(self) -> None:
         """Chunks of pixels for each block of columns, all in parallel."""
         batch, _, spatial = self.conv.window.split(self.k.ev.shape(self.anchor))
-        pixels: Expr = batch + i32(0)
-        for s in spatial:
-            pixels = pixels * s
-        pixels = T.bind(pixels)
+        plane = _plane(spatial, 1)
+        pixels = keep(keep(batch * plane[0] * plane[1]) + i32(0))
         lanes, width = self.k.lanes, self.tile.vectors * self.k.lanes
         whole, rest = divmod(self.columns, width)
         blocks = whole + bool(rest)
         wanted = -(-TASKS // (blocks * self.conv.groups))
-        chunk = T.bind(T.min(ceil_div(ceil_div(pixels, wanted), self.tile.rows) * self.tile.rows, self._most_pixels()))
-        chunks = T.bind(ceil_div(pixels, chunk))
+        chunk = keep(T.min(ceil_div(ceil_div(pixels, wanted), self.tile.rows) * self.tile.rows, self._most_pixels()))
+        chunks = keep(ceil_div(pixels, chunk))
         with T.parallel(0, self.conv.groups * blocks * chunks) as task:
-            column, first = T.bind(T.floordiv(task, chunks)), T.bind(T.floormod(task, chunks) * chunk)
-            group, n = T.bind(T.floordiv(column, blocks)), T.bind(T.floormod(column, blocks))
-            count = T.bind(T.min(chunk, pixels - first))
+            self.plane = keep(plane[0]), keep(plane[1])
+            self.image = Image(self.image.buffer, keep(self.image.height), keep(self.image.width))
+            column, first = keep(T.floordiv(task, chunks)), keep(T.floormod(task, chunks) * chunk)
+            group, n = keep(T.floordiv(column, blocks)), keep(T.floormod(column, blocks))
+            count = keep(T.min(chunk, pixels - first))
             tail = (-(-rest // lanes), rest % lanes)
             if whole and rest:
                 with T.If(n < whole):
@@ -184,8 +185,8 @@ class _Product:
         for top in range(0, rows, step):
             last = top + step >= rows
             with T.serial(0, ceil_div(count, self.tile.rows)) as t:
-                pixel = T.bind(first + t * self.tile.rows)
-                left = T.bind(count - t * self.tile.rows)
+                pixel = keep(first + t * self.tile.rows)
+                left = keep(count - t * self.tile.rows)
                 self._tile(group, column, pixel, left, vectors, tail, range(top, min(top + step, rows)))
                 if last:
                     self._finish(group, column, pixel, left, span, tail)
@@ -253,13 +254,14 @@ class _Product:
         """Where in the image the window of an output pixel begins."""
         n, (y, x) = self._place(pixel)
         sy, sx = _plane(self.conv.window.stride, 1)
-        return T.bind(((n * self.image.height + y * sy) * self.image.width + x * sx) * self.conv.inputs)
+        return keep(((n * self.image.height + y * sy) * self.image.width + x * sx) * self.conv.inputs)
 
     def _place(self, pixel: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
         """Image and position of an output pixel."""
-        batch, _, spatial = self.conv.window.split(self.k.ev.shape(self.anchor))
-        n, y, x = unflatten_index((batch, *_plane(spatial, i32(1))), pixel)
-        return n, (y, x)
+        height, width = self.plane
+        line = keep(T.truncdiv(pixel, width))
+        n = keep(T.truncdiv(line, height))
+        return n, (keep(line - n * height), keep(pixel - line * width))
 
     def _finish(self, group: Expr, column: Expr, pixel: Expr, left: Expr, span: int, tail: int) -> None:
         """The elementwise ops, and the bias of a ragged tile, on one tile in place."""
@@ -269,7 +271,7 @@ class _Product:
         with T.serial(0, T.min(left, self.tile.rows)) as i:
             row = T.bind(pixel + i)
             n, (y, x) = self._place(row)
-            place = (T.bind(y + 0), T.bind(x + 0))[2 - self.conv.window.rank :]
+            place = (y, x)[2 - self.conv.window.rank :]
             start = T.bind(group * self.columns + column)
 
             def element(at: Expr, count: int) -> None:
