@@ -10,6 +10,7 @@ import torch
 
 from planish import models
 from planish.bench import MIN_ROUNDS, limits, memory, overhead
+from planish.bench.contest import compile_twice, contest
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
 from planish.bench.result import BenchResult
 from planish.models.base import Batch, LoadedModel
