@@ -87,7 +87,8 @@ def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
     bottom, right = _plane(conv.padding_after, 0)
     height, width = opaque(rows + (top + bottom)), opaque(columns + (left + right))
     with rows_in_parallel(T.bind(batch * height + i32(0))) as row:
-        n, y = T.bind(T.floordiv(row, height)), T.bind(T.floormod(row, height) - top)
+        n = T.bind(T.truncdiv(row, height))
+        y = T.bind(row - n * height - top)
         base = T.bind(row * width * channels)
 
         def zeros(first: Expr, count: Expr) -> None:
@@ -151,8 +152,10 @@ class _Product:
         with T.parallel(0, self.conv.groups * blocks * chunks) as task:
             self.plane = opaque(plane[0]), opaque(plane[1])
             self.image = Image(self.image.buffer, opaque(self.image.height), opaque(self.image.width))
-            column, first = T.bind(T.floordiv(task, chunks)), T.bind(T.floormod(task, chunks) * chunk)
-            group, n = T.bind(T.floordiv(column, blocks)), T.bind(T.floormod(column, blocks))
+            column = T.bind(T.truncdiv(task, chunks))
+            first = T.bind((task - column * chunks) * chunk)
+            group = T.bind(T.truncdiv(column, blocks))
+            n = T.bind(column - group * blocks)
             count = T.bind(T.min(chunk, pixels - first))
             tail = (-(-rest // lanes), rest % lanes)
             if whole and rest:
