@@ -86,7 +86,9 @@ class FamilyRow:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> FamilyRow:
         """The row that ``to_dict`` wrote."""
-        return FamilyRow(**{**values, "reasons": [Reason(**reason) for reason in values["reasons"]]})
+        row = FamilyRow(**values)
+        row.reasons = [Reason(**reason) for reason in values["reasons"]]
+        return row
 
 
 @dataclass(frozen=True)
@@ -140,10 +142,9 @@ def run(names: Sequence[str], done: Callable[[FamilyRow], None]) -> FamiliesResu
 
 def check_in_child(name: str, time_limit: float = TIME_LIMIT) -> FamilyRow:
     """The row of one family from a fresh process; a crash or a timeout is a reason in it that names the phase."""
-    command = [sys.executable, "-m", "planish.bench.family", name]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=time_limit)
+        done = subprocess.run(_command(name), capture_output=True, text=True, check=False, env=env, timeout=time_limit)
     except subprocess.TimeoutExpired as error:
         phase = _last(error.stdout, "phase") or "start"
         return _failed(name, TimeoutError.__name__, phase, f"not done after {time_limit:.0f} s")
@@ -154,6 +155,10 @@ def check_in_child(name: str, time_limit: float = TIME_LIMIT) -> FamilyRow:
     return _failed(
         name, ChildError.__name__, _last(done.stdout, "phase") or "start", f"{_exit(done.returncode)}: {end}"
     )
+
+
+def _command(name: str) -> list[str]:
+    return [sys.executable, "-m", "planish.bench.family", name]
 
 
 def _failed(name: str, error: str, phase: str, message: str) -> FamilyRow:

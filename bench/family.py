@@ -9,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram
@@ -46,7 +46,7 @@ class TorchOps(TorchDispatchMode):
     """While active, counts the torch ops that are no housekeeping."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.computing: Counter[str] = Counter()
 
     def __torch_dispatch__(
@@ -67,13 +67,15 @@ class ExportClock:
     @contextmanager
     def running(self) -> Generator[None]:
         """Wrap the two functions through which a model is exported."""
-        export, decompose = torch.export.export, ExportedProgram.run_decompositions
+        export: Any = torch.export.export
+        decompose = cast("Any", ExportedProgram.run_decompositions)  # pyright: ignore[reportUnknownMemberType]
         torch.export.export = self._timed(export)
         ExportedProgram.run_decompositions = self._timed(decompose)
         try:
             yield
         finally:
-            torch.export.export, ExportedProgram.run_decompositions = export, decompose
+            torch.export.export = export
+            ExportedProgram.run_decompositions = decompose
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from planish import backends, bench, errors, models, passes, targets
+    from planish import backends, bench, dynamo, errors, models, passes, targets
     from planish.api import CompiledModel, compile
     from planish.errors import PlanishError
     from planish.program import Dim
@@ -25,7 +25,7 @@ _NAMES = {
     "Target": "planish.targets",
     "compile": "planish.api",
 }
-_MODULES = frozenset({"backends", "bench", "errors", "models", "passes", "targets"})
+_MODULES = frozenset({"backends", "bench", "dynamo", "errors", "models", "passes", "targets"})
 
 __all__ = [
     "CompiledModel",
@@ -36,6 +36,7 @@ __all__ = [
     "backends",
     "bench",
     "compile",
+    "dynamo",
     "errors",
     "models",
     "passes",

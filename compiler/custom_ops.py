@@ -31,6 +31,28 @@ def _(x: Tensor, k: int, largest: bool) -> Tensor:
     return torch.empty((*x.shape[:-1], k), dtype=torch.int64, device=x.device)
 
 
+@torch.library.custom_op("planish::grouped_mm", mutates_args=())
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows that are sorted by group, each times its group's matrix: the experts of a mixture.
+
+    Args:
+        x: [S, K].
+        weight: [E, K, N].
+        ends: [E] integers, the row after each group's last; rows after the last group give 0.
+    """
+    out = x.new_zeros(x.shape[0], weight.shape[2])
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        out[start:end] = x[start:end] @ weight[group]
+        start = end
+    return out
+
+
+@grouped_mm.register_fake
+def _(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[2]))
+
+
 @torch.library.custom_op("planish::lstm_layer", mutates_args=())
 def lstm_layer(gates: Tensor, weight: Tensor, h: Tensor, c: Tensor, reverse: bool) -> Tensor:
     """One direction of one LSTM layer over all time steps.

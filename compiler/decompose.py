@@ -24,12 +24,19 @@ def table() -> dict[Any, Decomposition]:
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
     entries |= OURS
+    entries |= _from_libraries()
     whole = IR - OURS.keys() | VIEW_SPELLINGS
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 
 def _last(dim: int, rank: int) -> bool:
     return rank == 0 or dim % rank == rank - 1
+
+
+def _from_libraries() -> dict[Any, Decomposition]:
+    """Operators that model libraries register: the ones of those that have been imported."""
+    grouped = getattr(getattr(torch.ops.transformers, "grouped_mm_fallback", None), "default", None)
+    return {} if grouped is None else {grouped: torch.ops.planish.grouped_mm}
 
 
 def _to_end(x: Tensor, dim: int) -> Tensor:
@@ -372,7 +379,46 @@ def _new_empty(x: Tensor, size: list[int], *, dtype: torch.dtype | None = None, 
     return torch.zeros(size, dtype=dtype or x.dtype)
 
 
+def _histogram(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> Any:
+    """Counts as a ``scatter_add`` of ones; without a given range it would depend on the values, and is left whole."""
+    if not min < max:
+        return NotImplemented
+    flat = x.reshape(-1)
+    inside = (flat >= min) & (flat <= max)
+    place = ((flat - min) / (max - min) * bins).to(torch.int64).clamp(0, bins - 1)
+    ones = inside.to(x.dtype)
+    return torch.zeros([bins], dtype=x.dtype).scatter_add(0, torch.where(inside, place, 0), ones)
+
+
+def _adaptive_average(x: Tensor, size: list[int]) -> Tensor:
+    """One axis after another: a mean where the windows are equal, else a product with the matrix of their weights.
+
+    Window i of n over an axis of length s goes from floor(i s / n) to ceil((i + 1) s / n).
+    """
+    if all(wanted == 1 for wanted in size):
+        return x.mean(list(range(x.dim() - len(size), x.dim())), keepdim=True)
+    for at, wanted in enumerate(size):
+        axis = x.dim() - len(size) + at
+        length = x.shape[axis]
+        wanted = length if wanted is None else wanted
+        if isinstance(length, int) and length % wanted == 0:
+            split = x.reshape([*x.shape[:axis], wanted, length // wanted, *x.shape[axis + 1 :]])
+            x = split.mean(axis + 1)
+            continue
+        window, place = torch.arange(wanted)[:, None], torch.arange(length)[None]
+        first, end = window * length // wanted, -(-(window + 1) * length // wanted)
+        weights = ((place >= first) & (place < end)).to(x.dtype) / (end - first).to(x.dtype)
+        x = torch.ops.aten.linear(x.transpose(axis, -1), weights).transpose(axis, -1)
+    return x
+
+
 OURS: dict[Any, Decomposition] = {
+    aten.histc.default: _histogram,
+    aten.adaptive_avg_pool1d.default: _adaptive_average,
+    aten.adaptive_avg_pool2d.default: _adaptive_average,
+    aten._adaptive_avg_pool2d.default: _adaptive_average,
+    aten.adaptive_avg_pool3d.default: _adaptive_average,
+    aten._adaptive_avg_pool3d.default: _adaptive_average,
     aten.copy.default: _copy,
     aten.empty.memory_format: _empty,
     aten.empty_like.default: _empty_like,

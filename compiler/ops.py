@@ -41,6 +41,7 @@ SORTS = frozenset({planish_ops.argsort.default, planish_ops.argtopk.default})
 """Positions of a row's elements in order; the values are gathered by them."""
 
 MATMUL = aten.bmm.default
+GROUPED = planish_ops.grouped_mm.default
 CONVOLUTION = aten.convolution.default
 POOLS = frozenset({aten.max_pool2d.default, aten.max_pool3d.default, aten.avg_pool2d.default, aten.avg_pool3d.default})
 """Reduce windows that slide over the last axes."""

@@ -144,6 +144,7 @@ ROOT_LAYERS = {
     "reuse": "api",
     "api": "api",
     "bundle": "api",
+    "dynamo": "api",
     "cli": "cli",
     "demo": "cli",
     "__main__": "cli",

@@ -110,18 +110,6 @@ def simplify(value: Expr) -> Expr:
     return value if isinstance(value, int) else analyzer.simplify(value)
 
 
-def opaque(size: Expr) -> Expr:
-    """The size, read from memory where it is no constant: TVM would put a whole expression in place of each use.
-
-    Nested divisions by such expressions take its simplifier minutes.
-    """
-    if as_int(size) is not None:
-        return size
-    kept = T.alloc_buffer((1,), "int32")
-    T.buffer_store(kept, size, [0])
-    return T.bind(kept[0])
-
-
 def equal(a: Expr, b: Expr) -> bool:
     """Whether two sizes are provably equal."""
     if isinstance(a, int) and isinstance(b, int):
@@ -133,6 +121,23 @@ def as_int(value: Expr) -> int | None:
     """The value of a constant expression, else None."""
     value = simplify(value)
     return value if isinstance(value, int) else int(value.value) if isinstance(value, tirx.IntImm) else None
+
+
+def keep(value: Expr) -> Expr:
+    """The value, computed once: through memory of the kernel's own, which LLVM makes a register.
+
+    ``T.bind`` is not enough for what is computed from bound values: TVM substitutes each into all its uses, again and
+    again, which grows exponentially. It also hides integers from TVM's interval analysis, which fails on some.
+    """
+    if isinstance(value, (int, tirx.IntImm)):
+        return value
+    lanes, boolean = lanes_of(value), dtype_of(value) == "bool"
+    place = T.alloc_buffer((lanes,), "uint8" if boolean else dtype_of(value))
+    whole = lanes_at(i32(0), lanes)
+    if boolean:  # not a cast: TVM's interval analysis fails on casts of bool vectors
+        value = tirx.Select(value, splat(1, lanes, "uint8"), splat(0, lanes, "uint8"))
+    T.buffer_store(place, value, [whole])
+    return tirx.NE(place[whole], splat(0, lanes, "uint8")) if boolean else T.bind(place[whole])
 
 
 def for_vectors(extent: Expr, lanes: int) -> Iterator[tuple[Expr, int]]:

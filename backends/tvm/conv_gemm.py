@@ -15,7 +15,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import TASKS, Expr, ceil_div, f32, for_vectors, i32, lanes_at, opaque, splat
+from planish.backends.tvm.builder import TASKS, Expr, ceil_div, f32, for_vectors, i32, keep, lanes_at, splat
 from planish.backends.tvm.conv import lowered
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, gemm_tile
@@ -83,9 +83,9 @@ def lower_conv_gemm(module: Module, program: Program, region: Region, anchor: fx
 def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
     """Emit the copy of the input into a frame of zeros; returns the framed image."""
     batch, channels, spatial = conv.window.split(k.ev.shape(conv.x))
-    (top, left), (rows, columns) = _plane(conv.window.padding, 0), map(opaque, _plane(spatial, 1))
+    (top, left), (rows, columns) = _plane(conv.window.padding, 0), map(keep, _plane(spatial, 1))
     bottom, right = _plane(conv.padding_after, 0)
-    height, width = opaque(rows + (top + bottom)), opaque(columns + (left + right))
+    height, width = keep(rows + (top + bottom)), keep(columns + (left + right))
     with rows_in_parallel(T.bind(batch * height + i32(0))) as row:
         n = T.bind(T.truncdiv(row, height))
         y = T.bind(row - n * height - top)
@@ -142,21 +142,21 @@ class _Product:
         """Chunks of pixels for each block of columns, all in parallel."""
         batch, _, spatial = self.conv.window.split(self.k.ev.shape(self.anchor))
         plane = _plane(spatial, 1)
-        pixels = T.bind(opaque(batch * plane[0] * plane[1]) + i32(0))
+        pixels = keep(keep(batch * plane[0] * plane[1]) + i32(0))
         lanes, width = self.k.lanes, self.tile.vectors * self.k.lanes
         whole, rest = divmod(self.columns, width)
         blocks = whole + bool(rest)
         wanted = -(-TASKS // (blocks * self.conv.groups))
-        chunk = T.bind(T.min(ceil_div(ceil_div(pixels, wanted), self.tile.rows) * self.tile.rows, self._most_pixels()))
-        chunks = T.bind(ceil_div(pixels, chunk))
+        chunk = keep(T.min(ceil_div(ceil_div(pixels, wanted), self.tile.rows) * self.tile.rows, self._most_pixels()))
+        chunks = keep(ceil_div(pixels, chunk))
         with T.parallel(0, self.conv.groups * blocks * chunks) as task:
-            self.plane = opaque(plane[0]), opaque(plane[1])
-            self.image = Image(self.image.buffer, opaque(self.image.height), opaque(self.image.width))
-            column = T.bind(T.truncdiv(task, chunks))
-            first = T.bind((task - column * chunks) * chunk)
-            group = T.bind(T.truncdiv(column, blocks))
-            n = T.bind(column - group * blocks)
-            count = T.bind(T.min(chunk, pixels - first))
+            self.plane = keep(plane[0]), keep(plane[1])
+            self.image = Image(self.image.buffer, keep(self.image.height), keep(self.image.width))
+            column = keep(T.truncdiv(task, chunks))
+            first = keep((task - column * chunks) * chunk)
+            group = keep(T.truncdiv(column, blocks))
+            n = keep(column - group * blocks)
+            count = keep(T.min(chunk, pixels - first))
             tail = (-(-rest // lanes), rest % lanes)
             if whole and rest:
                 with T.If(n < whole):
@@ -188,8 +188,8 @@ class _Product:
         for top in range(0, rows, step):
             last = top + step >= rows
             with T.serial(0, ceil_div(count, self.tile.rows)) as t:
-                pixel = T.bind(first + t * self.tile.rows)
-                left = T.bind(count - t * self.tile.rows)
+                pixel = keep(first + t * self.tile.rows)
+                left = keep(count - t * self.tile.rows)
                 self._tile(group, column, pixel, left, vectors, tail, range(top, min(top + step, rows)))
                 if last:
                     self._finish(group, column, pixel, left, span, tail)
@@ -257,14 +257,14 @@ class _Product:
         """Where in the image the window of an output pixel begins."""
         n, (y, x) = self._place(pixel)
         sy, sx = _plane(self.conv.window.stride, 1)
-        return T.bind(((n * self.image.height + y * sy) * self.image.width + x * sx) * self.conv.inputs)
+        return keep(((n * self.image.height + y * sy) * self.image.width + x * sx) * self.conv.inputs)
 
     def _place(self, pixel: Expr) -> tuple[Expr, tuple[Expr, Expr]]:
         """Image and position of an output pixel."""
         height, width = self.plane
-        line = T.bind(T.truncdiv(pixel, width))
-        n = T.bind(T.truncdiv(line, height))
-        return n, (T.bind(line - n * height), T.bind(pixel - line * width))
+        line = keep(T.truncdiv(pixel, width))
+        n = keep(T.truncdiv(line, height))
+        return n, (keep(line - n * height), keep(pixel - line * width))
 
     def _finish(self, group: Expr, column: Expr, pixel: Expr, left: Expr, span: int, tail: int) -> None:
         """The elementwise ops, and the bias of a ragged tile, on one tile in place."""

@@ -19,7 +19,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_of, simplify
+from planish.backends.tvm.builder import Expr, as_int, equal, i32, keep, lanes_of, simplify
 from planish.backends.tvm.index import as_value, cast, flat_index, to_tir
 from planish.backends.tvm.maps import GATHERS, GENERATORS, JOINS, VIEWS
 from planish.backends.tvm.scalars import ELEMENTWISE
@@ -130,8 +130,7 @@ class Evaluator:
         if node.target in JOINS:
             return JOINS[node.target](self, node, index)
         value = self.elementwise(node, index)
-        # TVM's integer-set analysis fails on comparisons of bound integer vectors; LLVM shares them anyway.
-        return T.bind(value) if node.meta["val"].is_floating_point() or lanes_of(value) == 1 else value
+        return keep(value) if node.meta["val"].is_floating_point() or len(node.users) > 1 else value
 
     def elementwise(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Value of an elementwise node; operands are broadcast to its shape."""

@@ -10,7 +10,7 @@ import torch
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, dtype_of, lanes_of, simplify, splat
+from planish.backends.tvm.builder import Expr, dtype_of, keep, lanes_of, simplify, splat
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -111,6 +111,8 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
         return not_equal(value, splat(0, lanes, dtype_of(value)))
     if dtype_of(value) == "bool":  # TVM's integer-set analysis fails on casts of bool vectors
         return tirx.Select(value, splat(1, lanes, kind), splat(0, lanes, kind))
+    if dtype.is_floating_point and "int" in dtype_of(value):
+        value = keep(value)  # TVM's interval analysis fails on floats made of integers with known bounds
     return tirx.Cast(wanted, value)
 
 

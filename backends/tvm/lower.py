@@ -18,7 +18,7 @@ from planish.backends.tvm.gemm import lower_linear, row_stride
 from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.maps import index_reason
-from planish.backends.tvm.matmul import lower_matmul
+from planish.backends.tvm.matmul import lower_grouped, lower_matmul
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
@@ -30,6 +30,7 @@ from planish.conv_ops import POOLS
 from planish.ops import (
     ATTENTION,
     ELEMENTWISE,
+    GROUPED,
     INLINE,
     LINEAR,
     MATMUL,
@@ -100,7 +101,7 @@ def _op_reason(node: fx.Node) -> str | None:
         (SORTS, sort_reason),
         (SCATTERS, scatter_reason),
         (RECURRENCES, recurrent_reason),
-        ({MATMUL}, _float_reason),
+        ({MATMUL, GROUPED}, _float_reason),
     )
     for targets, reason in tables:
         if target in targets:
@@ -226,7 +227,7 @@ class Lowering:
         self, region: Region, outer: dict[fx.Node, fx.Node]
     ) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
-        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, MATMUL)), None)
+        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, MATMUL, GROUPED)), None)
         if anchor is None:
             return region, outer
         count = 3 if anchor.target is ATTENTION else 1
@@ -284,6 +285,8 @@ class Lowering:
             return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({MATMUL}):
             return lower_matmul(module, program, region, anchor, lanes)
+        if anchor := region.find({GROUPED}):
+            return lower_grouped(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
         if anchor := next(filter(is_window, region.nodes), None):

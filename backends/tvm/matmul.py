@@ -12,10 +12,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.attention import Matrix, matrix
-from planish.backends.tvm.builder import Expr, ceil_div, for_vectors, i32, lanes_at, splat, workspace
+from planish.backends.tvm.builder import Expr, ceil_div, for_vectors, i32, keep, lanes_at, splat, workspace
 from planish.backends.tvm.gemm import product, row_stride
 from planish.backends.tvm.index import unflatten_index
-from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
+from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
 from planish.backends.tvm.microkernel import Tile, call_tile, gemm_tile
 from planish.ops import LINEAR
 from planish.program import Program
@@ -72,6 +72,52 @@ def lower_matmul(module: Module, program: Program, region: Region, anchor: fx.No
     m, n = product(program.shape(anchor)[:-1]), program.shape(anchor)[-1]
     assert k.function.func is not None
     return Lowered("matmul", k.function.func, k.operands, "matmul", (m, n, depth), sympy.Integer(2) * m * n * depth)
+
+
+def lower_grouped(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
+    """Kernel of ``planish::grouped_mm``.
+
+    before: ``grouped_mm(x, weight, ends)``
+    after:  zeros; then for each group that has rows, and panel of columns: copy the panel of the group's matrix into
+            scratch; for each tile of the group's rows: multiply
+    """
+    first, weight, ends = anchor.args
+    assert isinstance(first, fx.Node)
+    assert isinstance(weight, fx.Node)
+    groups, depth, columns = (int(s) for s in weight.meta["val"].shape)
+    tile = gemm_tile(module.target, 0)
+    width = tile.vectors * module.target.lanes
+    with kernel(module, program, region) as (k, out, _):
+        a = matrix(k.ev, first)
+        assert a is not None, "lower() has made the operand a matrix"
+        rows = T.bind(k.ev.shape(anchor)[0] + i32(0))
+        with rows_in_parallel(rows) as row:
+            for start, count in for_vectors(columns, k.lanes):
+                T.buffer_store(out, splat(0.0, count), [lanes_at(row * columns + start, count)])
+
+        def b(at: tuple[Expr, ...], d: Expr, column: Expr, count: int) -> Expr:
+            return k.ev.at(weight, (*at, d, lanes_at(column, count)))
+
+        def end(group: Expr) -> Expr:
+            return T.max(0, T.min(tirx.Cast("int32", k.ev.at(ends, (group,))), rows))
+
+        operands = Operands(Matrix(a.buffer, (), a.stride, a.offset), b, (), lambda at, row, column: (row, column))
+        code = Product(k, anchor, operands, tile, out, depth, i32(columns), lanes)
+        with T.parallel(0, groups * -(-columns // width)) as task:
+            memory = workspace(max(1, depth) * width)
+            group, panel = (T.bind(i + i32(0)) for i in unflatten_index((groups, -(-columns // width)), task))
+            start = T.alloc_buffer((1,), "int32")
+            T.buffer_store(start, i32(0), [0])
+            with T.If(group > 0), T.Then():
+                T.buffer_store(start, end(T.max(group - 1, 0)), [0])
+            begin = T.bind(start[0])
+            count = keep(end(group) - begin)
+            with T.If(count > 0), T.Then():
+                code.emit(memory, (group,), i32(0), begin, count, T.bind(panel * width))
+    m = program.shape(anchor)[0]
+    assert k.function.func is not None
+    flops = sympy.Integer(2) * m * columns * depth
+    return Lowered("grouped_matmul", k.function.func, k.operands, "grouped_matmul", (m, columns, depth), flops)
 
 
 def _batched_operands(k: Kernel, anchor: fx.Node) -> Operands:
@@ -151,7 +197,8 @@ class Product:
 
     def _multiply(self, memory: Any, at: tuple[Expr, ...], row: Expr, here: Expr, place: Expr, left: Expr) -> None:
         """One tile of rows; the last panel stores only the columns that exist."""
-        a = T.address_of(self.operands.a.buffer[self.operands.a.base(at) + row * self.operands.a.stride])
+        base = self.operands.a.base(at if self.operands.lead else ())
+        a = T.address_of(self.operands.a.buffer[base + row * self.operands.a.stride])
         b, c = T.address_of(memory[0]), T.address_of(self.out[place])
         sizes = (self.operands.a.stride, i32(self.width), self.columns, self.depth)
 

@@ -11,7 +11,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, i32, lanes_at, splat
+from planish.backends.tvm.builder import Expr, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import DTYPES, as_stored, cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
 from planish.backends.tvm.rowwise import (
@@ -24,7 +24,7 @@ from planish.backends.tvm.rowwise import (
     row_kernel,
     store,
 )
-from planish.backends.tvm.scalars import compute_dtype, divide, stored
+from planish.backends.tvm.scalars import compute_dtype, divide
 from planish.ops import aten
 from planish.program import Program
 
@@ -114,7 +114,7 @@ def _position(k: Kernel, x: fx.Node, index: tuple[Expr, ...], size: Expr, *, lar
     T.buffer_store(place, tirx.const(0, "int64"), [0])
     T.buffer_store(best, cast(k.ev.at(x, (*index, i32(0))), dtype), [0])
     with T.serial(1, size) as i:
-        value = stored(cast(k.ev.at(x, (*index, i)), dtype))
+        value = keep(cast(k.ev.at(x, (*index, i)), dtype))
         better = value > best[0] if largest else value < best[0]
         if dtype.is_floating_point:
             better = tirx.And(tirx.Not(T.isnan(best[0])), tirx.Or(better, T.isnan(value)))

@@ -12,10 +12,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
-from planish.backends.tvm.builder import Expr, dtype_of, f32, for_vectors, horizontal, i32, lanes_at, splat
+from planish.backends.tvm.builder import Expr, dtype_of, f32, for_vectors, horizontal, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import as_stored, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
-from planish.backends.tvm.scalars import libm, stored
+from planish.backends.tvm.scalars import libm
 from planish.ops import argument, aten
 from planish.program import Program
 
@@ -68,13 +68,13 @@ def add(a: Expr, b: Expr) -> Expr:
 
 def maximum(a: Expr, b: Expr) -> Expr:
     """Maximum that keeps NaN ("a > b ? a : b" keeps a NaN of b)."""
-    a = stored(a)
+    a = keep(a)
     return tirx.Select(T.isnan(a), a, T.max(a, b)) if "float" in dtype_of(a) else T.max(a, b)
 
 
 def minimum(a: Expr, b: Expr) -> Expr:
     """Minimum that keeps NaN."""
-    a = stored(a)
+    a = keep(a)
     return tirx.Select(T.isnan(a), a, T.min(a, b)) if "float" in dtype_of(a) else T.min(a, b)
 
 

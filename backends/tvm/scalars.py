@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
-from planish.backends.tvm.builder import Expr, dtype_of, i32, lanes_at, lanes_of, splat
+from planish.backends.tvm.builder import Expr, dtype_of, i32, keep, lanes_at, lanes_of, splat
 from planish.backends.tvm.index import cast, not_equal
 from planish.ops import argument, aten
 
@@ -70,15 +70,6 @@ def one(value: Expr) -> Expr:
     return splat(tirx.const(1, dtype_of(value)), lanes_of(value))
 
 
-def stored(value: Expr) -> Expr:
-    """The value, kept in memory (a register in the end): TVM inlines bound expressions into each of their uses."""
-    lanes = lanes_of(value)
-    place = T.alloc_buffer((lanes,), "uint8" if dtype_of(value) == "bool" else dtype_of(value))
-    whole = lanes_at(i32(0), lanes)
-    T.buffer_store(place, value, [whole])
-    return place[whole]
-
-
 # Functions of one value ------------------------------------------------------------------------------------------
 
 
@@ -101,7 +92,7 @@ def libm(name: str, *values: Expr) -> Expr:
     lanes, dtype = lanes_of(values[0]), dtype_of(values[0])
     symbol = name + ("f" if dtype == "float32" else "")
     if lanes == 1:
-        return T.bind(T.call_extern(dtype, symbol, *values))
+        return keep(T.call_extern(dtype, symbol, *values))
     whole = lanes_at(i32(0), lanes)
     places = [T.alloc_buffer((lanes,), dtype) for _ in values]
     for place, value in zip(places, values, strict=True):
@@ -140,7 +131,7 @@ def _sigmoid(x: Expr) -> Expr:
 
 
 def _sign(x: Expr) -> Expr:
-    x = stored(x)
+    x = keep(x)
     signed = tirx.Select(x > zero(x), one(x), tirx.Select(x < zero(x), -one(x), zero(x)))
     return tirx.Select(T.isnan(x), zero(x), signed) if "float" in dtype_of(x) else signed
 
@@ -161,7 +152,7 @@ def _is_nan(x: Expr) -> Expr:
 def _is_inf(x: Expr) -> Expr:
     if "float" not in dtype_of(x):
         return tirx.NE(zero(x), zero(x))
-    x = stored(x)
+    x = keep(x)
     limit = splat(tirx.const(float("inf"), dtype_of(x)), lanes_of(x))
     return tirx.Or(tirx.EQ(x, limit), tirx.EQ(x, -limit))
 
@@ -259,7 +250,7 @@ def _ordered(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]
     """Maximum or minimum that yields NaN if either operand is NaN."""
 
     def run(a: Expr, b: Expr) -> Expr:
-        a, b = stored(a), stored(b)
+        a, b = keep(a), keep(b)
         return tirx.Select(T.isnan(a), a, pick(a, b)) if "float" in dtype_of(a) else pick(a, b)
 
     return run
@@ -269,7 +260,7 @@ def _skipping_nan(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], 
     """Maximum or minimum that ignores a NaN."""
 
     def run(a: Expr, b: Expr) -> Expr:
-        a, b = stored(a), stored(b)
+        a, b = keep(a), keep(b)
         if "float" not in dtype_of(a):
             return pick(a, b)
         return tirx.Select(T.isnan(a), b, tirx.Select(T.isnan(b), a, pick(a, b)))
@@ -279,9 +270,9 @@ def _skipping_nan(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], 
 
 def _safe_divisor(a: Expr, b: Expr) -> tuple[Expr, Expr, Expr, Expr]:
     """Operands of an integer division that cannot trap: 0 and -1 are replaced by 1."""
-    a, b = stored(a), stored(b)
+    a, b = keep(a), keep(b)
     trap = tirx.EQ(b, zero(b)) if dtype_of(b).startswith("u") else tirx.Or(tirx.EQ(b, zero(b)), tirx.EQ(b, -one(b)))
-    return a, b, trap, stored(tirx.Select(trap, one(b), b))
+    return a, b, trap, keep(tirx.Select(trap, one(b), b))
 
 
 def _quotient(rounded: str) -> Callable[[Expr, Expr], Expr]:
@@ -299,13 +290,13 @@ def _quotient(rounded: str) -> Callable[[Expr, Expr], Expr]:
 
 def _floor_quotient(a: Expr, b: Expr) -> Expr:
     """Python's a // b: from the exact remainder, as the quotient itself may be rounded up to a whole number."""
-    a, b = stored(a), stored(b)
-    rest = stored(libm("fmod", a, b))
+    a, b = keep(a), keep(b)
+    rest = keep(libm("fmod", a, b))
     exact = (a - rest) / b
     below = tirx.And(tirx.NE(rest, zero(rest)), _exclusive(b < zero(b), rest < zero(rest)))
-    whole = stored(tirx.Select(below, exact - one(exact), exact))
+    whole = keep(tirx.Select(below, exact - one(exact), exact))
     half = splat(tirx.const(0.5, dtype_of(a)), lanes_of(a))
-    down = stored(T.floor(whole))
+    down = keep(T.floor(whole))
     nearest = tirx.Select(whole - down > half, down + one(down), down)
     by_zero = tirx.EQ(b, zero(b))
     return tirx.Select(by_zero, a / b, tirx.Select(tirx.EQ(whole, zero(whole)), zero(whole) * (a / b), nearest))
@@ -316,8 +307,8 @@ def _remainder(a: Expr, b: Expr) -> Expr:
     if "float" not in dtype_of(a):
         a, b, trap, safe = _safe_divisor(a, b)
         return tirx.Select(trap, zero(a), T.floormod(a, safe))
-    b = stored(b)
-    rest = stored(libm("fmod", a, b))
+    b = keep(b)
+    rest = keep(libm("fmod", a, b))
     wrong = tirx.And(tirx.NE(rest, zero(rest)), _exclusive(b < zero(b), rest < zero(rest)))
     return tirx.Select(wrong, rest + b, rest)
 
@@ -340,7 +331,7 @@ def _power(node: fx.Node, operand: Operand) -> Expr:
     dtype = _result(node)
     x, exponent = cast(operand(node.args[0]), dtype), operand(node.args[1])
     if isinstance(exponent, (int, float)) and (exponent in (0, 1, 2, 3, 4) or not dtype.is_floating_point):
-        x = stored(x) if exponent else x
+        x = keep(x) if exponent else x
         value = one(x)
         for _ in range(int(exponent)):
             value = value * x
@@ -352,7 +343,7 @@ def _power(node: fx.Node, operand: Operand) -> Expr:
 
 
 def _copy_sign(a: Expr, b: Expr) -> Expr:
-    size = T.abs(stored(a))
+    size = T.abs(keep(a))
     return tirx.Select(_sign_bit(b), -size, size)
 
 
@@ -362,7 +353,7 @@ def _shift(function: Callable[[Expr, Expr], Expr]) -> Scalar:
     def run(node: fx.Node, operand: Operand) -> Expr:
         dtype = node.meta["val"].dtype
         a, b = _operands(node, operand, dtype, 2)
-        a, b = stored(a), stored(b)
+        a, b = keep(a), keep(b)
         bits = splat(tirx.const(torch.iinfo(dtype).bits, dtype_of(a)), lanes_of(a))
         outside = b >= bits if dtype_of(a).startswith("u") else tirx.Or(b < zero(b), b >= bits)
         most = bits - one(bits)
@@ -429,7 +420,7 @@ def _mul(a: Expr, b: Expr) -> Expr:
 def divide(a: Expr, b: Expr) -> Expr:
     """a / b of floating-point values; TVM refuses to fold a division by the constant 0, so that one is kept from it."""
     number = b.value if isinstance(b, tirx.Broadcast) else b
-    return a / (stored(b) if isinstance(number, tirx.FloatImm) and not number.value else b)
+    return a / (keep(b) if isinstance(number, tirx.FloatImm) and not number.value else b)
 
 
 _AND = _bitwise(lambda a, b: tirx.And(a, b), lambda a, b: a & b)

@@ -10,11 +10,11 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, i32
+from planish.backends.tvm.builder import Expr, i32, keep
 from planish.backends.tvm.index import cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.rowwise import row_count
-from planish.backends.tvm.scalars import compute_dtype, stored
+from planish.backends.tvm.scalars import compute_dtype
 from planish.ops import planish_ops
 from planish.program import Program
 
@@ -84,7 +84,7 @@ def _merge(
     dtype = compute_dtype(x.meta["val"].dtype)
 
     def value(at: Expr) -> Expr:
-        return stored(cast(k.ev.at(x, (*index, T.bind(scratch[first + at]))), dtype))
+        return keep(cast(k.ev.at(x, (*index, T.bind(scratch[first + at]))), dtype))
 
     with T.serial(begin, end) as i:
         T.buffer_store(take, tirx.Select(right[0] < end, i32(1), i32(0)), [0])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, lanes_of, splat
+from planish.backends.tvm.builder import Expr, keep, lanes_of, splat
 
 _LOG2E = float.fromhex("0x1.715476p+0")
 _LN2_HIGH = float.fromhex("0x1.62E43p-1")
@@ -25,28 +25,28 @@ def _horner(x: Expr, coefficients: Sequence[float]) -> Expr:
     value: Expr = splat(coefficients[0], lanes)
     for c in coefficients[1:]:
         value = value * x + splat(c, lanes)
-    return T.bind(value)
+    return keep(value)
 
 
 def _even_odd(x: Expr, coefficients: Sequence[float]) -> Expr:
     """Polynomial of even degree as even(x^2) + x odd(x^2): two chains of half the length, which hides latency."""
-    square = T.bind(x * x)
-    return T.bind(_horner(square, coefficients[0::2]) + x * _horner(square, coefficients[1::2]))
+    square = keep(x * x)
+    return keep(_horner(square, coefficients[0::2]) + x * _horner(square, coefficients[1::2]))
 
 
 def exp(x: Expr) -> Expr:
     """e^x, relative error 2e-7; 0 below -87.3 (where fp32 turns subnormal) and infinity above 88.37."""
     lanes = lanes_of(x)
-    x = T.bind(x)
+    x = keep(x)
     value = exp_nonpositive(T.min(splat(_EXP_HIGHEST, lanes), x))
-    return T.bind(tirx.Select(x > splat(_EXP_HIGHEST, lanes), splat(float("inf"), lanes), value))
+    return keep(tirx.Select(x > splat(_EXP_HIGHEST, lanes), splat(float("inf"), lanes), value))
 
 
 def exp_nonpositive(x: Expr) -> Expr:
     """e^x for the x <= 0 (or -inf) of a softmax: without the upper range check; 0 below -87.3."""
     lanes = lanes_of(x)
-    x = T.bind(x)
-    return T.bind(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), exp_clamped(x)))
+    x = keep(x)
+    return keep(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), exp_clamped(x)))
 
 
 def exp_clamped(x: Expr) -> Expr:
@@ -58,10 +58,10 @@ def exp_clamped(x: Expr) -> Expr:
     operand order of ``max`` lets NaN through: it is "a > b ? a : b".
     """
     lanes = lanes_of(x)
-    x = T.bind(x)
-    clamped = T.bind(T.max(splat(_EXP_LOWEST, lanes), x))
-    n = T.bind(T.nearbyint(clamped * splat(_LOG2E, lanes)))
-    t = T.bind(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
+    x = keep(x)
+    clamped = keep(T.max(splat(_EXP_LOWEST, lanes), x))
+    n = keep(T.nearbyint(clamped * splat(_LOG2E, lanes)))
+    t = keep(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
     return _scale_by_power(_horner(t, [*_EXP, 1.0]), n)
 
 
@@ -77,9 +77,9 @@ def exp2_clamped(x: Expr) -> Expr:
     polynomial of degree 5 for 2^t on [-1/2, 1/2] is a Chebyshev fit of (2^t - 1)/t.
     """
     lanes = lanes_of(x)
-    clamped = T.bind(T.max(splat(-126.0, lanes), x))
-    n = T.bind(T.nearbyint(clamped))
-    return _scale_by_power(_horner(T.bind(clamped - n), [*_EXP2, 1.0]), n)
+    clamped = keep(T.max(splat(-126.0, lanes), x))
+    n = keep(T.nearbyint(clamped))
+    return _scale_by_power(_horner(keep(clamped - n), [*_EXP2, 1.0]), n)
 
 
 def _scale_by_power(p: Expr, n: Expr) -> Expr:
@@ -87,7 +87,7 @@ def _scale_by_power(p: Expr, n: Expr) -> Expr:
     lanes = lanes_of(p)
     kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
     bits = T.reinterpret(ints, p) + T.shift_left(T.cast(n, ints), splat(23, lanes, "int32"))
-    return T.bind(T.reinterpret(kind, bits))
+    return keep(T.reinterpret(kind, bits))
 
 
 LOG2E = _LOG2E
@@ -119,15 +119,15 @@ def _erf_unbounded(x: Expr) -> Expr:
     w = 2 x^2/L^2 - 1 on |x| <= L = 5.5/sqrt(2) (powers of w, because powers of x^2 cancel badly in fp32)."""
     lanes = lanes_of(x)
     limit = splat(_ERF_LIMIT, lanes)
-    z = T.bind(T.max(-limit, T.min(limit, x)))
-    w = T.bind(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
-    return T.bind(_even_odd(w, _ERF) * z)
+    z = keep(T.max(-limit, T.min(limit, x)))
+    w = keep(z * z * splat(2 / _ERF_LIMIT**2, lanes) - splat(1.0, lanes))
+    return keep(_even_odd(w, _ERF) * z)
 
 
 def erf(x: Expr) -> Expr:
     """erf(x), absolute error 3.3e-7."""
     one = splat(1.0, lanes_of(x))
-    return T.bind(T.max(-one, T.min(one, _erf_unbounded(x))))
+    return keep(T.max(-one, T.min(one, _erf_unbounded(x))))
 
 
 _GELU_LIMIT = 5.5
@@ -141,11 +141,11 @@ def gelu(x: Expr) -> Expr:
     polynomial exceeds 1/2 by an ulp, so it never falls short of the bound.
     """
     lanes = lanes_of(x)
-    x = T.bind(x)
+    x = keep(x)
     limit, half = splat(_GELU_LIMIT, lanes), splat(0.5, lanes)
-    z = T.bind(T.max(-limit, T.min(limit, x)))
-    w = T.bind(z * z * splat(2 / _GELU_LIMIT**2, lanes) - splat(1.0, lanes))
-    return T.bind(x * (half + T.max(-half, T.min(half, _even_odd(w, _GELU) * z))))
+    z = keep(T.max(-limit, T.min(limit, x)))
+    w = keep(z * z * splat(2 / _GELU_LIMIT**2, lanes) - splat(1.0, lanes))
+    return keep(x * (half + T.max(-half, T.min(half, _even_odd(w, _GELU) * z))))
 
 
 _TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1]
@@ -154,28 +154,28 @@ _TANH = [-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-
 def tanh(x: Expr) -> Expr:
     """tanh(x), relative error 3e-7: an odd polynomial (Cephes' coefficients) below 0.625, else 1 - 2/(e^2|x| + 1)."""
     lanes = lanes_of(x)
-    x = T.bind(x)
-    one, size = splat(1.0, lanes), T.bind(T.max(x, -x))
-    square = T.bind(x * x)
+    x = keep(x)
+    one, size = splat(1.0, lanes), keep(T.max(x, -x))
+    square = keep(x * x)
     small = x + x * square * _horner(square, _TANH)
     large = one - splat(2.0, lanes) / (exp(size + size) + one)
     signed = tirx.Select(x < splat(0.0, lanes), -large, large)
-    return T.bind(tirx.Select(size < splat(0.625, lanes), small, signed))
+    return keep(tirx.Select(size < splat(0.625, lanes), small, signed))
 
 
 def gelu_tanh(x: Expr) -> Expr:
     """x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): GELU's tanh form."""
     lanes = lanes_of(x)
     inner = x * splat(0.7978845608028654, lanes) * (splat(1.0, lanes) + splat(0.044715, lanes) * x * x)
-    return T.bind(x * splat(0.5, lanes) * (splat(1.0, lanes) + tanh(inner)))
+    return keep(x * splat(0.5, lanes) * (splat(1.0, lanes) + tanh(inner)))
 
 
 def sigmoid(x: Expr) -> Expr:
     """1/(1 + e^-x)."""
     lanes = lanes_of(x)
-    return T.bind(splat(1.0, lanes) / (splat(1.0, lanes) + exp(-x)))
+    return keep(splat(1.0, lanes) / (splat(1.0, lanes) + exp(-x)))
 
 
 def silu(x: Expr) -> Expr:
     """x sigmoid(x)."""
-    return T.bind(x * sigmoid(x))
+    return keep(x * sigmoid(x))
