@@ -178,7 +178,7 @@ POOLING: dict[str, nn.Module] = {
     "average_ceil": nn.AvgPool2d((2, 3), 2, 1, ceil_mode=True),
     "average_ceil_inside": nn.AvgPool2d((2, 3), 2, 1, ceil_mode=True, count_include_pad=False),
     "average_override": nn.AvgPool2d(3, 2, 1, divisor_override=5),
-    "global": nn.AdaptiveAvgPool2d(1),
+    "whole": nn.AdaptiveAvgPool2d(1),
     "adaptive": nn.AdaptiveAvgPool2d((3, 2)),
 }
 

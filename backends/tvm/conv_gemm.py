@@ -87,7 +87,8 @@ def fill_frame(k: Kernel, conv: Convolution, frame: Any) -> Image:
     bottom, right = _plane(conv.padding_after, 0)
     height, width = keep(rows + (top + bottom)), keep(columns + (left + right))
     with rows_in_parallel(T.bind(batch * height + i32(0))) as row:
-        n, y = T.bind(T.floordiv(row, height)), T.bind(T.floormod(row, height) - top)
+        n = T.bind(T.truncdiv(row, height))
+        y = T.bind(row - n * height - top)
         base = T.bind(row * width * channels)
 
         def zeros(first: Expr, count: Expr) -> None:
@@ -151,8 +152,10 @@ class _Product:
         with T.parallel(0, self.conv.groups * blocks * chunks) as task:
             self.plane = keep(plane[0]), keep(plane[1])
             self.image = Image(self.image.buffer, keep(self.image.height), keep(self.image.width))
-            column, first = keep(T.floordiv(task, chunks)), keep(T.floormod(task, chunks) * chunk)
-            group, n = keep(T.floordiv(column, blocks)), keep(T.floormod(column, blocks))
+            column = keep(T.truncdiv(task, chunks))
+            first = keep((task - column * chunks) * chunk)
+            group = keep(T.truncdiv(column, blocks))
+            n = keep(column - group * blocks)
             count = keep(T.min(chunk, pixels - first))
             tail = (-(-rest // lanes), rest % lanes)
             if whole and rest:
