@@ -30,7 +30,8 @@ def _image() -> Tensors:
 
 def _integers() -> Tensors:
     x = (seeded(3, 40) * 20).to(torch.int64)
-    return x, torch.where(x == 0, 7, x.roll(3, 1)), (seeded(3, 40) * 3).abs().to(torch.int64)
+    rolled = x.roll(3, 1)
+    return x, torch.where(rolled == 0, 7, rolled), (seeded(3, 40) * 3).abs().to(torch.int64)
 
 
 def _placed() -> Tensors:
@@ -119,6 +120,7 @@ GROUPS: dict[str, Group] = {
             "softmax": lambda x: (x.softmax(1), x.log_softmax(-1), x.log_softmax(0)),
             "cumsum": lambda x: (x.cumsum(1), x.cumsum(-1), (x * 3).long().cumsum(0)),
             "cumprod": lambda x: x.cumprod(2),
+            "core_spelling": lambda x: torch.ops.aten._log_softmax(x, -1, False),
             "group_norm": lambda x: F.group_norm(x, 2, x[0, :, 0, 0], x[1, :, 0, 0]),
             "layer_norm": lambda x: F.layer_norm(x, (6, 10)),
             "instance_norm": lambda x: F.instance_norm(x),
@@ -165,6 +167,7 @@ GROUPS: dict[str, Group] = {
         {
             "remainder": lambda x: (x % 2, x % x.flip(0), torch.fmod(x, 0.7), torch.fmod(x, x.flip(0))),
             "floor": lambda x: (x // 0.7, torch.div(x, 0.3, rounding_mode="trunc"), x // x.flip(0)),
+            "scalar_mode": lambda x: torch.ops.aten.div.Scalar_mode(x, 0.3, rounding_mode="floor"),
             "angles": lambda x: (torch.atan2(x, x.flip(0)), torch.hypot(x, x.flip(1))),
             "power": lambda x: (x.abs().pow(3.3), x.abs() ** x, 2.0**x, x**3, x.abs() ** -0.5),
             "choice": lambda x: (torch.where(x > 0, x, -x), x.clamp(min=x.flip(0)), x.clamp_max(0.3)),
