@@ -72,6 +72,8 @@ CONV2D: dict[str, dict[str, Any]] = {
     "pointwise_padded": {"out_channels": 8, "kernel_size": 1, "padding": 1},
     "groups": {"out_channels": 32, "kernel_size": 3, "padding": 1, "groups": 4},
     "groups_wide": {"out_channels": 400, "kernel_size": 3, "padding": 1, "groups": 2},
+    "groups_of_4": {"out_channels": 40, "kernel_size": 3, "padding": 1, "groups": 10},
+    "groups_of_8": {"out_channels": 40, "kernel_size": (5, 3), "padding": 2, "groups": 5, "bias": False},
     "groups_shallow": {"out_channels": 40, "kernel_size": 3, "padding": 1, "groups": 20, "stride": 2},
     "depthwise": {"out_channels": 40, "kernel_size": 3, "padding": 1, "groups": 40},
     "depthwise_5_strided": {

@@ -1,4 +1,8 @@
-"""Depthwise convolutions with the channels last: vectors of channels, and a few output pixels of a row in registers."""
+"""Convolutions of narrow groups with the channels last: vectors of channels, a few output pixels of a row in registers.
+
+A depthwise convolution has groups of one channel. With groups of 2, 4 or 8 a vector holds whole groups, and each output
+lane meets each input channel of its group after a shuffle of the input vector.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +21,18 @@ from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region,
 from planish.conv_ops import CONVOLUTION_LAST, Convolution
 from planish.program import Program
 
+WIDEST = 8
+"""Most channels of a group: more are a matrix product with enough columns."""
+
 
 def is_depthwise(node: fx.Node) -> bool:
-    """Whether a convolution is done here."""
-    return node.target is CONVOLUTION_LAST and Convolution.of(node).is_depthwise and not Convolution.of(node).transposed
+    """Whether a convolution is done here: as many output as input channels in each of several narrow groups."""
+    if node.target is not CONVOLUTION_LAST:
+        return False
+    conv = Convolution.of(node)
+    depth = conv.inputs // conv.groups
+    narrow = depth <= WIDEST and depth & (depth - 1) == 0 and conv.groups > 1
+    return narrow and conv.inputs == conv.outputs and not conv.transposed
 
 
 def lower_depthwise(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
@@ -83,11 +95,10 @@ class _Row:
             total, channel, whole = self._start(start, count), lanes_at(start, count), lanes_at(i32(0), count)
 
             def multiply(
-                tap: Expr, at: Index, total: Any = total, channel: Expr = channel, whole: Expr = whole
+                tap: Expr, at: Index, total: Any = total, start: Expr = start, count: int = count, whole: Expr = whole
             ) -> None:
-                x = self.k.ev.at(self.conv.x, (n, *at, channel))
-                w = self.weights[tap * channels + channel]
-                T.buffer_store(total, total[whole] + x * w, [whole])
+                for x, w in zip(self._inputs(n, at, start, count), self._weights(tap, start, count), strict=True):
+                    T.buffer_store(total, total[whole] + x * w, [whole])
 
             each_tap(self.conv.window, place, sizes, multiply)
             store_value(self.k, self.anchor, T.bind(total[whole]), self.out, (n, *place, channel), count)
@@ -101,18 +112,39 @@ class _Row:
             channel, whole = lanes_at(start, count), lanes_at(i32(0), count)
             with self._lines(place) as (tap, at):
                 first = T.bind(x * window.stride[-1] - window.padding[-1])
-                loaded: dict[int, Expr] = {}
+                loaded: dict[int, list[Expr]] = {}
                 for step in range(window.kernel[-1]):
-                    w = T.bind(self.weights[(tap * window.kernel[-1] + step) * channels + channel])
+                    weights = self._weights(tap * window.kernel[-1] + step, start, count)
                     for i, total in enumerate(totals):
                         offset = i * window.stride[-1] + step * window.dilation[-1]
                         if offset not in loaded:
-                            value = self.k.ev.at(self.conv.x, (n, *at, first + offset, channel))
-                            loaded[offset] = T.bind(value)
-                        T.buffer_store(total, total[whole] + loaded[offset] * w, [whole])
+                            loaded[offset] = self._inputs(n, (*at, first + offset), start, count)
+                        for value, w in zip(loaded[offset], weights, strict=True):
+                            T.buffer_store(total, total[whole] + value * w, [whole])
             for i, total in enumerate(totals):
                 index = (n, *place, T.bind(x + i), channel)
                 store_value(self.k, self.anchor, T.bind(total[whole]), self.out, index, count)
+
+    @property
+    def depth(self) -> int:
+        """Channels of a group."""
+        return self.conv.inputs // self.conv.groups
+
+    def _inputs(self, n: Expr, at: Index, start: Expr, count: int) -> list[Expr]:
+        """For each channel of a group: what the output channels ``start .. start+count`` see of it at a position."""
+        if count == 1:
+            first = T.bind(start - T.floormod(start, self.depth))
+            return [T.bind(self.k.ev.at(self.conv.x, (n, *at, first + j))) for j in range(self.depth)]
+        value = T.bind(self.k.ev.at(self.conv.x, (n, *at, lanes_at(start, count))))
+        if self.depth == 1:
+            return [value]
+        lanes = [[i32(lane - lane % self.depth + j) for lane in range(count)] for j in range(self.depth)]
+        return [T.bind(T.Shuffle([value], order)) for order in lanes]
+
+    def _weights(self, tap: Expr, start: Expr, count: int) -> list[Expr]:
+        """The weights of the same, for one position of the window."""
+        rows = [(tap * self.depth + j) * self.conv.outputs + start for j in range(self.depth)]
+        return [T.bind(self.weights[lanes_at(row, count)]) for row in rows]
 
     def _start(self, start: Expr, count: int) -> Any:
         """A register that holds the bias of ``count`` channels."""
