@@ -1,5 +1,6 @@
 # make demo   environment, install, compile MiniLM, embed real documents, eager against compiled
 # make test   Debian packages (as root), environment, lint, tests
+# make test-full   also every operator of PyTorch's own table
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -11,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 export PYTHON
 WORKERS ?= 2
 
-.PHONY: demo test check lint types deps clean
+.PHONY: demo test test-full check lint types deps clean
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.models
@@ -19,6 +20,10 @@ demo: $(VENV)/.models
 
 test: deps lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+# every operator of PyTorch's table, about 1,500 samples: half an hour on two cores
+test-full: test
+	$(BIN)/python tests/op_db.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

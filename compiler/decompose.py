@@ -111,11 +111,16 @@ def _extremum(value: Any, position: Any) -> Decomposition:
     return decompose
 
 
+def _ordered(x: Tensor) -> Tensor:
+    """What is compared: bools as bytes."""
+    return x.to(torch.uint8) if x.dtype is torch.bool else x
+
+
 def _argsort(x: Tensor, dim: int, descending: bool) -> tuple[Tensor, Tensor]:
     if not x.dim():
         return x.clone(), torch.zeros((), dtype=torch.int64)
     moved = _to_end(x, dim)
-    order = torch.ops.planish.argsort(moved, descending)
+    order = torch.ops.planish.argsort(_ordered(moved), descending)
     return _to_end(moved.gather(-1, order), dim), _to_end(order, dim)
 
 
@@ -132,7 +137,7 @@ def _topk(x: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool =
     if not x.dim():
         return x.clone(), torch.zeros((), dtype=torch.int64)
     moved = _to_end(x, dim)
-    order = torch.ops.planish.argtopk(moved, k, largest)
+    order = torch.ops.planish.argtopk(_ordered(moved), k, largest)
     return _to_end(moved.gather(-1, order), dim), _to_end(order, dim)
 
 

@@ -1,0 +1,193 @@
+"""PyTorch's own table of operators and sample inputs, each sample compiled as a model of one op.
+
+As a script it runs the whole table and prints what became of it: ``python tests/op_db.py`` (``make test-full``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+import planish
+from planish import verify
+from planish.errors import CaptureError, PlanishError, UnsupportedOpsError
+
+DTYPES = (torch.float32, torch.int64, torch.bool)
+
+OUTSIDE = ("linalg.", "fft.", "special.", "signal.windows.", "masked.", "torch.ops.aten._")
+"""Namespaces that need not be native; an unsupported op of them is a typed error all the same."""
+
+OUTSIDE_NAMES = frozenset({"stft", "istft", "bernoulli", "multinomial", "normal", "cauchy", "exponential", "geometric"})
+"""Also outside: transforms and random numbers by name; names with ``loss``, ``rand`` or ``dropout`` are too."""
+
+TOLERANCE = 1e-4
+"""max|difference| over max|reference|, fp32."""
+
+SAMPLES = 3
+"""Samples of an op and dtype in a whole run, spread over all there are."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample.
+
+    Attributes:
+        kind: ``native``, ``unsupported`` (a typed error), ``not exported``, ``wrong`` or ``crash``.
+        detail: the error, or the difference.
+    """
+
+    op: str
+    dtype: torch.dtype
+    index: int
+    kind: str
+    detail: str = ""
+
+
+def is_outside(name: str) -> bool:
+    """Whether an entry of the table need not be native."""
+    words = ("loss", "rand", "dropout", "bernoulli")
+    return name.startswith(OUTSIDE) or name in OUTSIDE_NAMES or any(word in name for word in words)
+
+
+def entries() -> dict[str, Any]:
+    """The table by full name."""
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    return {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db}
+
+
+class OneOp(torch.nn.Module):
+    """A call of the op with its tensors as inputs and everything else as it was sampled."""
+
+    def __init__(self, op: Any, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+        super().__init__()
+        self.call = (op, leaves, spec)
+        self.eval()
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        op, leaves, spec = self.call
+        supply = iter(tensors)
+        filled = [next(supply) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(filled, spec)
+        return op(*args, **kwargs)
+
+
+def samples(op: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[int, OneOp, tuple[torch.Tensor, ...]]]:
+    """At most ``count`` samples, spread over the table's own; the seed depends on the op's name only."""
+    torch.manual_seed(zlib.crc32(op.name.encode()))
+    every = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 200))
+    for index in sorted({round(i * (len(every) - 1) / max(count - 1, 1)) for i in range(count)} if every else ()):
+        sample = every[index]
+        leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
+        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        if tensors and all(t.layout is torch.strided for t in tensors):
+            yield index, OneOp(op.op, leaves, spec), tensors
+
+
+def outcome(name: str, dtype: torch.dtype, index: int, model: OneOp, tensors: tuple[torch.Tensor, ...]) -> Outcome:
+    """Compile one sample and compare it with eager."""
+    try:
+        with torch.no_grad():
+            want = [v for v in pytree.tree_leaves(model(*(t.clone() for t in tensors)))]
+    except Exception as error:  # the table has samples that eager refuses
+        return Outcome(name, dtype, index, "not exported", f"eager: {error}"[:200])
+    try:
+        compiled = planish.compile(model, tensors, cache=False)
+        got = pytree.tree_leaves(compiled(*tensors))
+    except CaptureError as error:
+        return Outcome(name, dtype, index, "not exported", str(error)[:200])
+    except UnsupportedOpsError as error:
+        return Outcome(name, dtype, index, "unsupported", "; ".join(sorted({f"{o.op}: {o.reason}" for o in error.ops})))
+    except PlanishError as error:
+        return Outcome(name, dtype, index, "unsupported", str(error)[:200])
+    except Exception as error:  # anything else is a defect
+        return Outcome(name, dtype, index, "wrong", f"{type(error).__name__}: {str(error)[-300:]}")
+    for w, g in zip(want, got, strict=True):
+        if not isinstance(w, torch.Tensor):
+            continue
+        if (w.dtype, w.shape) != (g.dtype, g.shape):
+            return Outcome(name, dtype, index, "wrong", f"{g.dtype}{list(g.shape)} for {w.dtype}{list(w.shape)}")
+        error = verify.relative_error(w, g)
+        if not error <= (TOLERANCE if w.is_floating_point() else 0.0):
+            return Outcome(name, dtype, index, "wrong", f"relative error {error:.1e}")
+    return Outcome(name, dtype, index, "native")
+
+
+def run(name: str, op: Any, count: int) -> Iterator[Outcome]:
+    """The outcomes of an op's samples in all dtypes of ``DTYPES`` that it takes."""
+    for dtype in DTYPES:
+        if dtype in op.dtypes:
+            for index, model, tensors in samples(op, dtype, count):
+                yield outcome(name, dtype, index, model, tensors)
+
+
+def _work(names: list[str], queue: Any) -> None:
+    torch.set_num_threads(1)
+    table = entries()
+    for name in names:
+        queue.put(name)
+        for found in run(name, table[name], SAMPLES):
+            queue.put(found)
+    queue.put(None)
+
+
+def _whole(names: list[str]) -> list[Outcome]:
+    """All outcomes, from a process that is started again after an op that ends it."""
+    context = multiprocessing.get_context("spawn")
+    found: list[Outcome] = []
+    while names:
+        queue, current = context.Queue(), names[0]
+        worker = context.Process(target=_work, args=(names, queue))
+        worker.start()
+        deadline = time.monotonic() + 300
+        while True:
+            try:
+                item = queue.get(timeout=5)
+            except Exception:  # queue.Empty: is it still alive?
+                if worker.is_alive() and time.monotonic() < deadline:
+                    continue
+                worker.kill()
+                found.append(Outcome(current, torch.float32, -1, "crash", f"exit {worker.exitcode}"))
+                names = names[names.index(current) + 1 :]
+                break
+            deadline = time.monotonic() + 300
+            if item is None:
+                return found
+            if isinstance(item, str):
+                current = item
+            else:
+                found.append(item)
+    return found
+
+
+def main() -> int:
+    """Run the whole table; 1 if a sample is wrong, or too few of what should be native is."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    names = sys.argv[1:] or [n for n in entries() if not n.startswith("torch.ops.aten._")]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(itertools.chain.from_iterable(pool.map(_whole, (names[0::2], names[1::2]))))
+    for o in found:
+        if o.kind not in ("native", "not exported"):
+            print(f"{o.kind}: {o.op} {str(o.dtype).removeprefix('torch.')} #{o.index}: {o.detail}")
+    print(f"{len(found)} samples:", dict(Counter(o.kind for o in found)))
+    exported = {o.op for o in found if o.kind != "not exported" and not is_outside(o.op)}
+    partly = {o.op for o in found if o.kind != "native" and o.kind != "not exported"}
+    native = exported - partly
+    share = len(native) / max(1, len(exported))
+    print(f"{len(native)} of {len(exported)} exportable entries are native in all samples ({share:.1%})")
+    return int(share < 0.9 or any(o.kind in ("wrong", "crash") for o in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
