@@ -25,8 +25,8 @@ from planish.models.families import family
 LEVELS = ("batch+seq", "batch", "static")
 """Which dims are dynamic, in the order tried: a family keeps the first that torch.export can capture."""
 
-TIME_LIMIT = 300.0
-"""Seconds for one family."""
+TIME_LIMIT = 600.0
+"""Seconds for one family; generous, as other work on the machine must not decide a row."""
 
 PROCESSES = 2
 """Families checked at once: each takes 1 to 2 GB."""

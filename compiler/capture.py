@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from planish import decompose, verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
-from planish.ops import ATTENTION, CONVOLUTION, LINEAR, MATMUL, POOLS, RECURRENCES, ROWS, aten
+from planish.ops import aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
 from planish.rules import remove_dead
+from planish.widen import widen_half
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
 
@@ -401,7 +402,7 @@ def _to_program(
         mapping[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
     slots = _flat_output(exported, graph)
     _clean(module)
-    _widen_half(module)
+    widen_half(module)
     symbols, program_dims = _dims(exported, names, dims, graph)
     program = Program(module, (), (), program_dims, symbols, example)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
@@ -509,39 +510,6 @@ def _clean(module: fx.GraphModule) -> None:
         elif node.target is aten._to_copy.default:
             node.kwargs = {"dtype": node.meta["val"].dtype}
     remove_dead(module)
-
-
-_WIDENED = ROWS | POOLS | RECURRENCES | {LINEAR, ATTENTION, MATMUL, CONVOLUTION}
-"""Ops whose kernels compute in fp32; elementwise ops and reductions round half precisions themselves."""
-
-
-def _widen_half(module: fx.GraphModule) -> None:
-    """Compute costly ops of half precision in fp32, as PyTorch accumulates them, and round the result.
-
-    before: ``linear(x, w)`` in fp16
-    after:  ``_to_copy(linear(_to_copy(x, fp32), _to_copy(w, fp32)), fp16)``; ``canonicalize`` folds the weight's
-    """
-    graph = module.graph
-    halves = (torch.float16, torch.bfloat16)
-    for node in list(graph.nodes):
-        value = node.meta.get("val")
-        if node.target not in _WIDENED or not isinstance(value, torch.Tensor) or value.dtype not in halves:
-            continue
-
-        def widened(operand: fx.Node) -> fx.Node:
-            operand_value = operand.meta["val"]
-            if not isinstance(operand_value, torch.Tensor) or operand_value.dtype not in halves:
-                return operand
-            return graph.call_function(aten._to_copy.default, (operand,), {"dtype": torch.float32})
-
-        with graph.inserting_before(node):
-            node.args = fx.node.map_arg(node.args, widened)
-            node.kwargs = fx.node.map_arg(node.kwargs, widened)
-        with graph.inserting_after(node):
-            rounded = graph.call_function(aten._to_copy.default, (node,), {"dtype": value.dtype})
-        node.replace_all_uses_with(rounded, delete_user_cb=lambda user, own=rounded: user is not own)
-        rounded.meta = {"val": value, "stack_trace": node.meta.get("stack_trace")}
-        del node.meta["val"]
 
 
 def _keeps_dtype(node: fx.Node) -> bool:

@@ -19,8 +19,8 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, as_int, equal, i32, keep, lanes_of, simplify
-from planish.backends.tvm.index import as_value, cast, flat_index, to_tir
+from planish.backends.tvm.builder import Expr, equal, i32, keep, lanes_of, simplify
+from planish.backends.tvm.index import as_value, broadcast_index, cast, flat_index, to_tir
 from planish.backends.tvm.maps import GATHERS, GENERATORS, JOINS, VIEWS
 from planish.backends.tvm.scalars import ELEMENTWISE
 from planish.ops import aten
@@ -134,16 +134,14 @@ class Evaluator:
 
     def elementwise(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Value of an elementwise node; operands are broadcast to its shape."""
-        rank = len(self.program.shape(node))
+        full = self.shape(node)
 
         def operand(arg: Any) -> Expr:
             if not isinstance(arg, fx.Node) or not isinstance(arg.meta["val"], torch.Tensor):
                 return self.at(arg, ())
             if self.flat:
                 return self.at(arg, index)
-            own = self.shape(arg)
-            part = index[rank - len(own) :]
-            return self.at(arg, tuple(0 if as_int(s) == 1 else i for s, i in zip(own, part, strict=True)))
+            return self.at(arg, broadcast_index(self.shape(arg), full, index))
 
         return cast(ELEMENTWISE[node.target](node, operand), node.meta["val"].dtype)
 

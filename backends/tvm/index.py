@@ -10,7 +10,7 @@ import torch
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, dtype_of, keep, lanes_of, simplify, splat
+from planish.backends.tvm.builder import Expr, dtype_of, equal, keep, lanes_of, simplify, splat
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float32: "float32",
@@ -93,6 +93,25 @@ def unflatten_index(shape: tuple[Expr, ...], flat: Expr) -> tuple[Expr, ...]:
         index.append(simplify(T.floormod(flat, shape[axis])) if axis else flat)
         flat = simplify(T.floordiv(flat, shape[axis])) if axis else flat
     return tuple(reversed(index))
+
+
+def broadcast_index(own: tuple[Expr, ...], full: tuple[Expr, ...], index: tuple[Expr, ...]) -> tuple[Expr, ...]:
+    """Where an operand of shape ``own`` is read for an index of the broadcast shape ``full``.
+
+    A size that is neither 1 nor the result's for certain decides when the kernel runs.
+    """
+    extra = len(index) - len(own)
+    place: list[Expr] = []
+    for size, wanted, i in zip(own, full[extra:], index[extra:], strict=True):
+        known = size if isinstance(size, int) else simplify(size)
+        if isinstance(known, (int, tirx.IntImm)):
+            place.append(0 if int(known) == 1 else i)
+        elif equal(size, wanted):
+            place.append(i)
+        else:
+            lanes = lanes_of(i)
+            place.append(i * splat(tirx.Select(tirx.EQ(size, 1), 0, 1), lanes, "int32"))
+    return tuple(place)
 
 
 def cast(value: Expr, dtype: torch.dtype) -> Expr:

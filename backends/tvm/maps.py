@@ -15,7 +15,15 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_at, lanes_of, simplify, splat
-from planish.backends.tvm.index import as_stored, as_value, cast, flat_index, storage_dtype, unflatten_index
+from planish.backends.tvm.index import (
+    as_stored,
+    as_value,
+    broadcast_index,
+    cast,
+    flat_index,
+    storage_dtype,
+    unflatten_index,
+)
 from planish.ops import argument, aten
 
 if TYPE_CHECKING:
@@ -86,9 +94,7 @@ def _squeeze(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
 
 
 def _expand(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
-    shape = ev.shape(node.args[0])  # pyright: ignore
-    tail = index[len(index) - len(shape) :]
-    return node.args[0], tuple(0 if as_int(s) == 1 else i for s, i in zip(shape, tail, strict=True))
+    return node.args[0], broadcast_index(ev.shape(node.args[0]), ev.shape(node), index)  # pyright: ignore
 
 
 def _slice(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:

@@ -1,0 +1,77 @@
+"""The breadth of the CPU backend against eager, unfused and through the default pipeline."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from breadth import GROUPS
+from families import Bundle
+from torch.utils import _pytree as pytree
+
+import planish
+from planish import verify
+
+
+@cache
+def model_of(name: str) -> Bundle:
+    torch.manual_seed(0)
+    return Bundle(GROUPS[name].functions)
+
+
+@cache
+def results(name: str, passes: tuple[str, ...] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    inputs = GROUPS[name].inputs()
+    native = planish.compile(model_of(name), inputs, passes=passes)
+    with torch.no_grad():
+        return model_of(name)(*inputs), native(*inputs)
+
+
+CASES = [(name, case) for name, group in GROUPS.items() for case in group.functions]
+
+
+@pytest.mark.parametrize("passes", [(), None], ids=["unfused", "default"])
+@pytest.mark.parametrize(("name", "case"), CASES, ids=[f"{n}-{c}" for n, c in CASES])
+def test_like_eager(name: str, case: str, passes: tuple[str, ...] | None) -> None:
+    want, got = (pytree.tree_leaves(r[case]) for r in results(name, passes))
+    assert len(want) == len(got)
+    for w, g in zip(want, got, strict=True):
+        assert (w.dtype, w.shape) == (g.dtype, g.shape)
+        assert verify.relative_error(w, g) <= GROUPS[name].tolerance
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 15, 16, 17, 48, 49, 100])
+def test_products_at_any_width(size: int) -> None:
+    """Panels of columns with every kind of rest."""
+    rows, depth = planish.Dim("rows", 1, 128), planish.Dim("depth", 1, 128)
+    columns = planish.Dim("columns", 1, 128)
+
+    class Product(torch.nn.Module):
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            return torch.bmm(a, b) + 1
+
+    example = {"a": torch.randn(2, 5, 7), "b": torch.randn(2, 7, 6)}
+    compiled = planish.compile(
+        Product().eval(), example, dynamic={"a": {1: rows, 2: depth}, "b": {1: depth, 2: columns}}
+    )
+    a, b = torch.randn(2, 9, 13), torch.randn(2, 13, size)
+    torch.testing.assert_close(compiled(a=a, b=b), torch.bmm(a, b) + 1)
+
+
+def test_a_mixture_of_experts() -> None:
+    """Rows grouped by expert; experts without rows, and rows after the last expert's."""
+
+    class Experts(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(4, 20, 50))
+
+        def forward(self, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+            return torch.ops.planish.grouped_mm(x, self.weight, ends)
+
+    model = Experts().eval()
+    x, ends = torch.randn(13, 20), torch.tensor([3, 3, 10, 12])
+    compiled = planish.compile(model, (x, ends))
+    with torch.no_grad():
+        for given in (ends, torch.tensor([0, 0, 0, 13]), torch.tensor([0, 0, 0, 0])):
+            torch.testing.assert_close(compiled(x, given), model(x, given))
