@@ -387,7 +387,8 @@ def test_a_fused_group_is_a_function(tmp_path: Path) -> None:
     )
     write(fused, tmp_path / "dump")
     _, saved = execute(tmp_path / "dump" / "00-captured.py", tmp_path)
-    assert torch.equal(saved[program.outputs[0].name], program.run(*program.example)[0])
+    # not bit by bit: PyTorch's GEMM may round otherwise where the weights lie at another alignment
+    torch.testing.assert_close(saved[program.outputs[0].name], program.run(*program.example)[0])
 
 
 def test_arguments_of_every_kind_print_as_python() -> None:

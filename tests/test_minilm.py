@@ -67,7 +67,12 @@ def test_few_kernels_and_equal_ones_once(compiled: CompiledModel) -> None:
 
 def test_first_and_last_program_of_the_dump_run_by_hand_and_agree(compiled: CompiledModel, folder: Path) -> None:
     stages = sorted(folder.glob("[0-9][0-9]-*.py"))
-    assert [p.name for p in stages] == ["00-captured.py", "01-canonicalize.py", "02-fuse-groups.py"]
+    assert [p.name for p in stages] == [
+        "00-captured.py",
+        "01-canonicalize.py",
+        "02-choose-layout.py",
+        "03-fuse-groups.py",
+    ]
     saved: list[dict[str, torch.Tensor]] = []
     for stage in (stages[0], stages[-1]):
         target = folder / f"{stage.stem}.safetensors"
