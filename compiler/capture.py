@@ -13,6 +13,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind, SymIntArgument
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from planish import decompose, verify
@@ -392,6 +393,11 @@ def _to_program(
         if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
             target = str(kinds[node.name].target)
             tensor = exported.state_dict.get(target, exported.constants.get(target))
+            if tensor is None:
+                raise CaptureError(
+                    f"torch.export made a constant {target!r} while taking an op apart, and did not keep its value",
+                    fix="write the op that the model uses there with others, or run it outside the model",
+                )
             name = add_constant(module, target.removeprefix(prefix).replace(".", "_"), tensor.detach())  # pyright: ignore
             mapping[node] = graph.create_node("get_attr", name, name=name)
         elif node.op == "placeholder":
@@ -442,6 +448,14 @@ def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.No
             slots.append(len(tensors))
             tensors.append(leaf)
         else:
+            value = leaf.meta["val"]
+            if not isinstance(value, torch.SymInt) or free_unbacked_symbols(value):
+                raise CaptureError(
+                    "the model returns a number that it reads from a tensor",
+                    where=source_line(leaf),
+                    why="a native function returns tensors, and sizes that follow from the inputs' shapes",
+                    fix="return the tensor instead of calling .item() or .tolist() on it",
+                )
             slots.append(leaf)
     output.args = (tuple(tensors),)
     return slots

@@ -106,7 +106,8 @@ def _extremum(value: Any, position: Any) -> Decomposition:
     """``max(x, dim)`` becomes the pair of ``amax`` and ``argmax``."""
 
     def decompose(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
-        return value(x, [dim] if x.dim() else [], keepdim), position(x, dim if x.dim() else None, keepdim)
+        at = position(_ordered(x), dim if x.dim() else None, keepdim)
+        return value(x, [dim] if x.dim() else [], keepdim), at
 
     return decompose
 

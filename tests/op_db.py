@@ -28,7 +28,7 @@ OUTSIDE = ("linalg.", "fft.", "special.", "signal.windows.", "masked.", "torch.o
 """Namespaces that need not be native; an unsupported op of them is a typed error all the same."""
 
 OUTSIDE_NAMES = frozenset({"stft", "istft", "bernoulli", "multinomial", "normal", "cauchy", "exponential", "geometric"})
-"""Also outside: transforms and random numbers by name; names with ``loss``, ``rand`` or ``dropout`` are too."""
+"""Also outside: transforms and random numbers by name."""
 
 TOLERANCE = 1e-4
 """max|difference| over max|reference|, fp32."""
@@ -55,7 +55,7 @@ class Outcome:
 
 def is_outside(name: str) -> bool:
     """Whether an entry of the table need not be native."""
-    words = ("loss", "rand", "dropout", "bernoulli")
+    words = ("loss", "rand", "dropout", "bernoulli", "empty")  # what empty memory holds is not defined
     return name.startswith(OUTSIDE) or name in OUTSIDE_NAMES or any(word in name for word in words)
 
 
