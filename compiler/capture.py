@@ -445,6 +445,13 @@ def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.No
         if not isinstance(leaf, fx.Node):
             slots.append((leaf,))
         elif isinstance(leaf.meta["val"], torch.Tensor):
+            if leaf.meta["val"].layout is not torch.strided:
+                raise CaptureError(
+                    f"the model returns a tensor of layout {leaf.meta['val'].layout}",
+                    where=source_line(leaf),
+                    why="native code writes dense tensors",
+                    fix="return the dense tensor and convert it outside the model",
+                )
             slots.append(len(tensors))
             tensors.append(leaf)
         else:
