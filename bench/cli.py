@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,21 +43,7 @@ def encoder(
     rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over all batches")] = 11,
 ) -> None:
     """MiniLM on 64 Lee background documents: 4 batches of 16, at most 256 tokens, padded."""
-    count = threads if threads is not None else len(os.sched_getaffinity(0))
-    os.environ["OMP_NUM_THREADS"] = str(count)  # read once, when the OpenMP runtime is loaded with torch
-    from rich.console import Console
-
-    import planish
-    from planish.bench.encoder import Options, run
-    from planish.bench.report import show
-
-    progress = Console(stderr=True, highlight=False)
-    result = run(Options(count, rounds), planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
-    if json is not None:
-        result.write(json)
-    show(result.to_dict(), Console())
-    if json is not None:
-        typer.echo(f"written: {json}")
+    _measure("planish.bench.encoder", json, threads, rounds)
 
 
 @app.command()
@@ -66,16 +53,22 @@ def cnn(
     rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over all images")] = 11,
 ) -> None:
     """EfficientNet-lite0 and ResNet-50 on ImageNet images, at batch 1 and 8."""
+    _measure("planish.bench.cnn", json, threads, rounds)
+
+
+def _measure(module: str, json: Path | None, threads: int | None, rounds: int) -> None:
+    """Run the benchmark in ``module``, write its figures and show them."""
     count = threads if threads is not None else len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(count)  # read once, when the OpenMP runtime is loaded with torch
     from rich.console import Console
 
     import planish
-    from planish.bench.cnn import Options, run
     from planish.bench.report import show
 
+    bench: Any = import_module(module)
     progress = Console(stderr=True, highlight=False)
-    result = run(Options(count, rounds), planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
+    options = bench.Options(count, rounds)
+    result = bench.run(options, planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
     if json is not None:
         result.write(json)
     show(result.to_dict(), Console())

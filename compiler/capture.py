@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from planish import decompose, verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
-from planish.ops import aten
+from planish.ops import COPIES, RESHAPES, aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
 from planish.rules import remove_dead
 from planish.widen import widen_half
@@ -500,15 +500,6 @@ _NO_VALUE = {
     aten.sym_constrain_range_for_size.default,
     aten.sym_constrain_range.default,
 }
-_SAME_VALUE = {
-    aten.clone.default,
-    aten.contiguous.default,
-    aten.alias.default,
-    aten.detach.default,
-    aten.lift_fresh_copy.default,
-    aten.lift_fresh.default,
-}
-_RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 
 def _clean(module: fx.GraphModule) -> None:
@@ -520,10 +511,10 @@ def _clean(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if node.target in _NO_VALUE:
             module.graph.erase_node(node)
-        elif node.target in _SAME_VALUE or _keeps_dtype(node):
+        elif node.target in COPIES or _keeps_dtype(node):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
-        elif node.target in _RESHAPES:
+        elif node.target in RESHAPES:
             node.target = aten.reshape.default
         elif node.target is aten.dropout.default and not node.args[2]:
             node.replace_all_uses_with(node.args[0])

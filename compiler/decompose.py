@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.ops import IR, VIEW_SPELLINGS, aten
+from planish.ops import COPIES, IR, RESHAPES, aten
 
 Decomposition = Callable[..., Any]
 
@@ -25,7 +25,7 @@ def table() -> dict[Any, Decomposition]:
     entries |= {op: core[op] for op in core}
     entries |= OURS
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | VIEW_SPELLINGS
+    whole = IR - OURS.keys() | RESHAPES | COPIES
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 

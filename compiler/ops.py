@@ -81,10 +81,11 @@ VIEWS = frozenset(
 )
 """Index maps: every element of the result is one element of the operand."""
 
-VIEW_SPELLINGS = frozenset(
+RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default})
+"""What capture replaces by ``reshape``."""
+
+COPIES = frozenset(
     {
-        aten.view.default,
-        aten._unsafe_view.default,
         aten.clone.default,
         aten.contiguous.default,
         aten.alias.default,
@@ -93,7 +94,7 @@ VIEW_SPELLINGS = frozenset(
         aten.lift_fresh.default,
     }
 )
-"""What capture replaces by ``reshape`` or by the operand itself."""
+"""What capture replaces by the operand itself."""
 
 GENERATORS = frozenset(
     {

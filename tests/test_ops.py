@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 from families import LOWEST, MATRICES, Bundle, Family, Function, Tensors
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.nn import functional as F
 
 import planish
@@ -534,69 +532,3 @@ def test_index_out_of_range(case: str, token: int, way: Way) -> None:
         native(table, ids, columns, signed, x)
     good = gather_inputs(2, 5)
     torch.testing.assert_close(native(*good)["index"], good[0][good[1]])  # the next call is right again
-
-
-# Chains of views -----------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def chains(draw: st.DrawFn) -> tuple[tuple[int, ...], list[tuple[str, Any]]]:
-    """A shape and up to four views of it, each valid for the shape that the one before leaves."""
-    shape = tuple(draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 17]), min_size=1, max_size=4)))
-    first, steps = shape, []
-    for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["permute", "reshape", "slice", "select", "expand", "unsqueeze"]))
-        axis = draw(st.integers(0, len(shape) - 1)) if shape else 0
-        if kind == "permute":
-            option: Any = tuple(draw(st.permutations(range(len(shape)))))
-        elif kind == "reshape":
-            sizes = draw(st.permutations(shape))
-            cut = draw(st.integers(0, len(sizes)))
-            option = (*sizes[:cut], math.prod(sizes[cut:]))
-        elif kind == "slice" and shape:
-            start = draw(st.integers(0, shape[axis] - 1))
-            option = (axis, start, draw(st.integers(start + 1, shape[axis])), draw(st.integers(1, 3)))
-        elif kind == "select" and len(shape) > 1:
-            option = (axis, draw(st.integers(-shape[axis], shape[axis] - 1)))
-        elif kind == "expand":
-            option = (draw(st.integers(1, 3)), *shape)
-        else:
-            kind, option = "unsqueeze", axis
-        steps.append((kind, option))
-        shape = tuple(view(torch.empty(shape), kind, option).shape)
-    return first, steps
-
-
-def view(x: torch.Tensor, kind: str, option: Any) -> torch.Tensor:
-    """Apply one drawn view."""
-    if kind == "slice":
-        axis, start, stop, step = option
-        return aten.slice.Tensor(x, axis, start, stop, step)
-    if kind == "select":
-        return x.select(*option)
-    return getattr(x, kind)(option)
-
-
-class Chain(torch.nn.Module):
-    """Views of one input; as they are, in an elementwise op, and before a softmax."""
-
-    def __init__(self, steps: list[tuple[str, Any]]) -> None:
-        super().__init__()
-        self.steps = steps
-
-    def forward(self, x: torch.Tensor) -> Tensors:
-        y = x
-        for kind, option in self.steps:
-            y = view(y, kind, option)
-        return y, y * 2 + y, y.softmax(-1)
-
-
-@settings(max_examples=10)
-@given(chains())
-def test_chains_of_views(drawn: tuple[tuple[int, ...], list[tuple[str, Any]]]) -> None:
-    shape, steps = drawn
-    model = Chain(steps).eval()
-    x = torch.arange(float(math.prod(shape))).view(shape) / 16
-    for passes in ([], None):
-        got = planish.compile(model, (x,), passes=passes, cache=False)(x)
-        torch.testing.assert_close(got, model(x), rtol=2e-6, atol=1e-7)
