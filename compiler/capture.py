@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -343,7 +344,8 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with torch.no_grad():
+        # torch.export copies its own tree specs in a way that torch itself warns about
+        with torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
             return exported.run_decompositions(decompose.table())
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice
