@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from planish import decompose, verify
+from planish.complex_pairs import split_complex
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
 from planish.ops import COPIES, RESHAPES, aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
@@ -410,6 +411,7 @@ def _to_program(
         mapping[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
     slots = _flat_output(exported, graph)
     _clean(module)
+    split_complex(module)
     widen_half(module)
     symbols, program_dims = _dims(exported, names, dims, graph)
     program = Program(module, (), (), program_dims, symbols, example)

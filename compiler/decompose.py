@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.complex_pairs import KEPT
 from planish.ops import COPIES, IR, RESHAPES, aten
 
 Decomposition = Callable[..., Any]
@@ -25,7 +26,7 @@ def table() -> dict[Any, Decomposition]:
     entries |= {op: core[op] for op in core}
     entries |= OURS
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | RESHAPES | COPIES
+    whole = IR - OURS.keys() | RESHAPES | COPIES | KEPT
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 

@@ -97,6 +97,13 @@ class Program:
         val = value.meta["val"] if isinstance(value, fx.Node) else value
         return tuple(self.size(s) for s in val.shape)
 
+    def example_dims(self) -> dict[str, int]:
+        """Size of each dim in the example inputs; its minimum where no input has it as an axis."""
+        sizes = {name: dim.min for name, dim in self.dims.items()}
+        for spec, tensor in zip(self.inputs, self.example, strict=True):
+            sizes |= {str(s): n for s, n in zip(spec.shape, tensor.shape, strict=True) if str(s) in sizes}
+        return sizes
+
     def upper_bound(self, size: int | sympy.Expr) -> int:
         """The largest value of a size that grows with every dim."""
         return evaluate(size, {name: dim.max for name, dim in self.dims.items()})

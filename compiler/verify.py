@@ -139,8 +139,9 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
 def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
     """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values."""
     sizes: dict[str, int] = {}
+    example = program.example_dims()
     for name, dim in program.dims.items():
-        now = _example_size(program, name)
+        now = example[name]
         sizes[name] = now + 1 if now < dim.max else max(dim.min, now - 1)
     resized: list[torch.Tensor] = []
     for spec, tensor in zip(program.inputs, program.example, strict=True):
@@ -150,14 +151,6 @@ def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
                 tensor = tensor.index_select(axis, torch.arange(new) % tensor.shape[axis])
         resized.append(tensor.contiguous())
     return tuple(resized)
-
-
-def _example_size(program: Program, name: str) -> int:
-    for spec, tensor in zip(program.inputs, program.example, strict=True):
-        for axis, size in enumerate(spec.shape):
-            if str(size) == name:
-                return tensor.shape[axis]
-    return program.dims[name].min
 
 
 def in_fp64(module: fx.GraphModule) -> fx.GraphModule:

@@ -75,3 +75,36 @@ def test_a_mixture_of_experts() -> None:
     with torch.no_grad():
         for given in (ends, torch.tensor([0, 0, 0, 13]), torch.tensor([0, 0, 0, 0])):
             torch.testing.assert_close(compiled(x, given), model(x, given))
+
+
+class Rotary(torch.nn.Module):
+    """Rotary embedding in complex numbers, with a table of its own and with angles made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.polar(torch.ones(9, 4), torch.rand(9, 4)), persistent=False)
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Both, added; x [B, T, 8], positions [T]."""
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        angles = positions[:, None] * torch.arange(4)
+        made = torch.polar(torch.ones_like(angles, dtype=torch.float32), angles.float())
+        turned = pairs * made.unsqueeze(0) + pairs * self.table[positions].conj() * 0.5
+        return torch.view_as_real(turned).flatten(-2).type_as(x) + turned.real.sum(-1, keepdim=True)
+
+
+def test_complex_numbers_become_pairs() -> None:
+    torch.manual_seed(0)
+    model, positions = Rotary().eval(), torch.tensor([3, 0, 8, 1, 7])
+    native = planish.compile(model, (torch.randn(1, 5, 8), positions), dynamic={"x": {0: planish.Dim("b", 1, 9)}})
+    x = torch.randn(4, 5, 8)
+    torch.testing.assert_close(native(x, positions), model(x, positions))
+
+
+def test_a_complex_op_without_kernel_is_named() -> None:
+    class Spectrum(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.view_as_real(torch.fft.rfft(x) * 2)
+
+    with pytest.raises(planish.errors.UnsupportedOpsError, match="_fft_r2c"):
+        planish.compile(Spectrum().eval(), (torch.randn(2, 8),))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 
+from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
 from planish.plan import ALIGN
 
 
@@ -34,6 +36,17 @@ def window_columns(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor
     return columns(weight.movedim(1, -1).flatten(1), width, lanes)
 
 
+def winograd(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
+    """A convolution's weight [O, C, 3, 3] as G g G^T, one matrix per product, in column panels.
+
+    The order is [O/width][product][C][width]; the last panels may be narrower, as in ``columns``.
+    """
+    g = torch.tensor([[float(v) for v in row] for row in matrices()[1]], dtype=torch.float64)
+    products = torch.einsum("pi,ocij,qj->pqoc", g, weight.double(), g).flatten(0, 1).to(weight.dtype)
+    panels = [columns(block, width, lanes) for rows in products.split(width, dim=1) for block in rows]
+    return torch.cat(panels)
+
+
 def group_panels(weight: torch.Tensor, width: int, lanes: int) -> torch.Tensor:
     """A grouped convolution's weight [O, C/groups, window...] as one panel [window..., C/groups, width] per group.
 
@@ -54,6 +67,7 @@ LAYOUTS: dict[str, Layout] = {
     "plain": lambda t, width, lanes: t.contiguous().view(-1),
     "columns": columns,
     "window_columns": window_columns,
+    "winograd": winograd,
     "group_panels": group_panels,
     "taps": taps,
     "transposed_taps": transposed_taps,
@@ -66,7 +80,9 @@ def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, l
     elements = 1
     for s in shape:
         elements *= s
-    if layout in ("columns", "window_columns"):
+    if layout == "winograd":
+        elements = elements * PRODUCTS // math.prod(shape[2:])
+    if layout in ("columns", "window_columns", "winograd"):
         n = shape[0]
         rest = n % width
         elements = (n - rest + -(-rest // lanes) * lanes) * (elements // n)

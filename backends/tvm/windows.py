@@ -9,6 +9,7 @@ from planish.backends.tvm.conv_gemm import is_gemm, lower_conv_gemm
 from planish.backends.tvm.depthwise import is_depthwise, lower_depthwise
 from planish.backends.tvm.kernel import Lowered, Module, Region
 from planish.backends.tvm.pool import is_channel_mean, lower_channel_mean, lower_pool, pool_reason
+from planish.backends.tvm.winograd import is_winograd, lower_winograd
 from planish.conv_ops import CONVOLUTIONS, POOLS
 from planish.program import Program
 
@@ -35,6 +36,8 @@ def lower_window(
         return lower_channel_mean(module, program, region, anchor, lanes)
     if constant and is_depthwise(anchor):
         return lower_depthwise(module, program, region, anchor, lanes)
+    if constant and is_winograd(program, region, anchor):
+        return lower_winograd(module, program, region, anchor)
     if constant and is_gemm(anchor):
         return lower_conv_gemm(module, program, region, anchor)
     return lower_direct(module, program, region, anchor, lanes, constant=constant)
