@@ -18,6 +18,18 @@ from planish.ops import COPIES, IR, RESHAPES, aten
 Decomposition = Callable[..., Any]
 
 
+CHECKED = frozenset(
+    {
+        aten.linalg_inv.default,
+        aten.linalg_solve.default,
+        aten.linalg_cholesky.default,
+        aten.linalg_lu_factor.default,
+        aten.linalg_ldl_factor.default,
+    }
+)
+"""Raise where a matrix is singular: PyTorch's decompositions make that an effect, which no graph of values has."""
+
+
 def table() -> dict[Any, Decomposition]:
     """Op to decomposition, for ``ExportedProgram.run_decompositions``; ops of the IR are absent, so they stay whole."""
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
@@ -25,7 +37,7 @@ def table() -> dict[Any, Decomposition]:
     entries |= {op: core[op] for op in core}
     entries |= OURS
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | RESHAPES | COPIES
+    whole = IR - OURS.keys() | RESHAPES | COPIES | CHECKED
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 
