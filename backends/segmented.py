@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -38,8 +38,8 @@ class SegmentedExecutable:
 
     def __init__(self, program: Program, segments: Mapping[str, Segment]) -> None:
         self._segments = segments
-        self._dims = tuple(program.dims)
-        self._shapes = lru_cache(_SHAPES)(self._input_shapes)
+        # A method in the cache would keep the executable, and with it the weights, until the next garbage collection.
+        self._shapes = lru_cache(_SHAPES)(partial(_input_shapes, segments, tuple(program.dims)))
         for name in segments:
             delattr(program.module, name)
         for node in program.nodes():
@@ -84,13 +84,6 @@ class SegmentedExecutable:
             outputs = graph.run(*tensors, enable_io_processing=False)
         return self._fresh(outputs, tensors)
 
-    def _input_shapes(self, sizes: tuple[int, ...]) -> dict[str, list[tuple[int, ...]]]:
-        dims = dict(zip(self._dims, sizes, strict=True))
-        return {
-            name: [tuple(evaluate(s, dims) for s in spec.shape) for spec in segment.inputs]
-            for name, segment in self._segments.items()
-        }
-
     def _fresh(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         taken = {t.untyped_storage().data_ptr() for t in [*inputs, *self._constants]}
         fresh: dict[int, torch.Tensor] = {}  # by identity: what is returned twice stays one tensor
@@ -115,7 +108,11 @@ class SegmentedExecutable:
 
     def sources(self) -> list[tuple[str, str, str]]:
         """(name, TIR, assembly) of every segment's functions; a name starts with its segment's."""
-        return [(f"{n}.{name}", *text) for n, s in self._segments.items() for name, *text in s.executable.sources()]
+        return [
+            (f"{name}.{function}", tir, assembly)
+            for name, segment in self._segments.items()
+            for function, tir, assembly in segment.executable.sources()
+        ]
 
     def weights_bytes(self) -> int:
         """Bytes of the constants, of the segments and of the ops in PyTorch."""
@@ -126,6 +123,17 @@ class SegmentedExecutable:
         """Give the segments' cached memory back."""
         for segment in self._segments.values():
             segment.executable.trim()
+
+
+def _input_shapes(
+    segments: Mapping[str, Segment], names: tuple[str, ...], sizes: tuple[int, ...]
+) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes that each segment reads, for the sizes of the dims."""
+    dims = dict(zip(names, sizes, strict=True))
+    return {
+        name: [tuple(evaluate(s, dims) for s in spec.shape) for spec in segment.inputs]
+        for name, segment in segments.items()
+    }
 
 
 _Call = Callable[[str, list[torch.Tensor]], tuple[torch.Tensor, ...]]

@@ -141,10 +141,7 @@ def _sizes_from_inputs(program: Program) -> None:
         return
     tracer = GraphAppendingTracer(graph)
     symbols: dict[sympy.Symbol, fx.Proxy] = {}
-    with graph.inserting_after(inputs[-1]):
-        start = graph.call_function(aten.sym_size.int, (inputs[-1], 0))  # marks the place; nothing reads it
-    start.meta["val"] = 0
-    with graph.inserting_before(start):
+    with graph.inserting_before(inputs[-1].next):
         for name, symbol in program.symbols.items():
             node, axis = next((n, a) for n in inputs for a, s in enumerate(program.shape(n)) if str(s) == name)
             symbols[symbol] = fx.Proxy(graph.call_function(aten.sym_size.int, (node, axis)), tracer)
@@ -156,7 +153,7 @@ def _sizes_from_inputs(program: Program) -> None:
 
 
 def _expression(size: fx.Node) -> sympy.Expr:
-    value = size.meta["val"]
+    value: Any = size.meta["val"]
     return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
 
 
@@ -260,13 +257,16 @@ class Coverage:
         return sum(map(len, self.eager.values()))
 
     def __str__(self) -> str:
-        ops = [f"{op} ({len(at)}, at {', '.join(dict.fromkeys(filter(None, at)))})" for op, at in self.eager.items()]
-        ops = [op.replace(", at )", ")") for op in ops]
+        lines = {op: ", ".join(dict.fromkeys(filter(None, at))) for op, at in self.eager.items()}
+        ops = [f"{op} ({len(at)}{', at ' * bool(lines[op])}{lines[op]})" for op, at in self.eager.items()]
         return f"{self.native}/{self.native + self.count} ops native; eager: {', '.join(ops)}"
 
 
+_SIZES = frozenset({aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten.sym_storage_offset.default})
+
+
 def _is_op(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is not operator.getitem and not _is_size(node)
+    return isinstance(node.target, torch._ops.OpOverload) and node.target not in _SIZES
 
 
 def _ops(module: fx.GraphModule) -> Iterator[fx.Node]:

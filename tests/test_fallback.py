@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -121,6 +123,10 @@ def reads_a_constant(m: Model, x: torch.Tensor) -> torch.Tensor:
     return m.a(x) @ torch.linalg.qr(m.table + x.sum())[0] + m.table[:4]
 
 
+def number(m: Model, x: torch.Tensor) -> torch.Tensor:
+    return m.b(torch.relu(m.a(x)) * x.sum().item())
+
+
 def complex_values(m: Model, x: torch.Tensor) -> torch.Tensor:
     return m.b(torch.fft.ifft(torch.fft.fft(m.a(x)) * 2).real)
 
@@ -152,6 +158,7 @@ BODIES = {
     "first and last": (first_and_last, 1, {J0: 2}),
     "several results": (several_results, 2, {QR: 1}),
     "constant": (reads_a_constant, 2, {QR: 1}),
+    "number": (number, 2, {"aten._local_scalar_dense.default": 1, "aten.mul.Tensor": 1}),
     "complex": (complex_values, 2, FFT),
     "no axes": (zero_dims, 2, DET | {J0: 1}),
     "not contiguous": (not_contiguous, 2, {QR: 1}),
@@ -266,6 +273,22 @@ def test_a_group_gives_up_only_the_op_without_a_kernel() -> None:
     assert {"aten._to_copy.default", "aten.abs.default"} == compiled._compiled.coverage.eager.keys()
 
 
+def test_nothing_keeps_the_model_or_the_executable() -> None:
+    x = torch.randn(4, 8)
+    compiled, model = cut(reads_a_constant, x)
+    compiled(x)
+    kept = [weakref.ref(model.a.weight), weakref.ref(compiled._compiled.executable)]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert kept[0]() is None
+        del compiled
+        assert kept[1]() is None
+    finally:
+        gc.enable()
+
+
 def test_threads() -> None:
     compiled, model = cut(branches)
     inputs = [torch.randn(4, 8) for _ in range(16)]
@@ -320,6 +343,7 @@ def test_an_unknown_fallback_and_the_default() -> None:
     with pytest.raises(UnknownNameError, match=r"'slow'[\s\S]*error, eager"):
         planish.compile(model, (x,), fallback="slow")
     check(planish.compile(model, (x,), fallback="eager"), model, x)
+    check(planish.compile(model, fallback="eager"), model, x)
     for _ in range(2):  # the result of the other fallback is not reused
         with pytest.raises(UnsupportedOpsError, match=r"bessel_j0[\s\S]*fallback='eager'"):
             planish.compile(model, (x,))

@@ -71,6 +71,8 @@ def _value_reason(program: Program, node: fx.Node) -> str | None:
         return None
     if isinstance(value, (tuple, list)):
         return "it has several results"
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return "it is a number that is read from a tensor"
     sizes = program.shape(value) if isinstance(value, torch.Tensor) else (program.size(value),)
     unknown = {str(s) for size in sizes if isinstance(size, sympy.Expr) for s in size.free_symbols} - {*program.dims}
     if unknown:
