@@ -216,6 +216,8 @@ def fold_attention_scale(program: Program, node: fx.Node) -> fx.Node | Refuse | 
     """
     query = node.args[0]
     assert isinstance(query, fx.Node)
+    if node.meta["val"].is_complex():
+        return None
     scale = argument(node, 6, "scale")
     scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(scale, float) or scale == 1.0:
