@@ -15,12 +15,16 @@ from planish.targets import Target
 
 @dataclass(frozen=True)
 class Unsupported:
-    """An op of the graph without a lowering: the node, the op, the model's line, and why."""
+    """An op of the graph without a lowering: the node, the op, the model's line, and why.
+
+    ``value`` says that the result itself has no native form, so that no kernel could read it either.
+    """
 
     node: str
     op: str
     where: str
     reason: str
+    value: bool = False
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,10 @@ class KernelTime:
 class Executable(Protocol):
     """A compiled Program: immutable, and callable from many threads."""
 
-    plan: Plan
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """One for each native function."""
+        ...
 
     def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
         """Fresh output tensors for checked inputs."""

@@ -16,8 +16,12 @@ class ReferenceExecutable:
     """The Program's own graph; it has no kernels and no arena."""
 
     def __init__(self, program: Program) -> None:
-        self.plan = Plan()
         self._program = program
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """There are none."""
+        return ()
 
     def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
         """Eager outputs; cloned, so that no output is an input or a constant."""

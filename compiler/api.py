@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,14 @@ from planish.backends.base import Executable, KernelTime, Unsupported
 from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
 from planish.errors import DimError, InputError, UnsupportedOpsError
-from planish.pipeline import Pass, Step, run_pipeline
+from planish.fallback import Coverage, CutSegments, check_fallback, compile_segments
+from planish.pipeline import Pass, Step, run_pass, run_pipeline
+from planish.plan import Call
 from planish.program import Dim, TensorSpec
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
 from planish.targets import Target
+
+log = logging.getLogger("planish")
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -34,6 +39,7 @@ def compile(
     passes: Sequence[str | Pass] | None = None,
     dump: str | Path | None = None,
     verify: bool = False,
+    fallback: str = "error",
     cache: bool = True,
 ) -> CompiledModel:
     """Compile a model to one native function.
@@ -47,21 +53,26 @@ def compile(
         passes: names or Pass objects instead of the default pipeline.
         dump: folder for every stage as a runnable program, with diffs, reasons and kernels.
         verify: compare the values before and after every pass in fp64.
+        fallback: what to do with operators that have no native form: ``"error"`` lists them all in one error;
+            ``"eager"`` runs those, and only those, in PyTorch. ``report()``, ``repr`` and the log name each of them.
         cache: reuse the result of an equal compile of the same, unchanged model in this process.
 
     Raises:
-        CaptureError, ModelStateError, InputError, DimError, TargetError, UnsupportedOpsError: see each class.
+        CaptureError, ModelStateError, InputError, DimError, TargetError, UnknownNameError, UnsupportedOpsError: see
+            each class.
     """
     check_model(model)
+    check_fallback(fallback)
     if inputs is not None:
         check_inputs_kind(inputs)
     parsed = Target.parse(target)
     pipeline = registry.resolve(passes)
-    compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify)
+    compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify, fallback)
     if inputs is None:
         compiled.wait_for_inputs(model)
         return compiled
-    key = fingerprint(model, inputs, parsed, dynamic, pipeline) if cache and dump is None and not verify else None
+    reuse = cache and dump is None and not verify
+    key = fingerprint(model, inputs, parsed, dynamic, pipeline, fallback) if reuse else None
     if key is not None and (found := remembered(model, key)) is not None:
         compiled.adopt(found)
         return compiled
@@ -79,16 +90,30 @@ class Compiled:
     outputs: tuple[TensorSpec, ...]
     dims: dict[str, Dim]
     steps: tuple[Step, ...]
+    coverage: Coverage | None
+    """What runs in PyTorch; None where nothing does."""
+
+    @property
+    def calls(self) -> list[Call]:
+        """Every kernel call."""
+        return [call for plan in self.executable.plans for call in plan.calls]
 
 
 class CompiledModel:
     """A compiled model, called like the original; safe to call from many threads at once."""
 
     def __init__(
-        self, target: Target, pipeline: Sequence[Pass], dynamic: Dynamic | None, dump: str | Path | None, verify: bool
+        self,
+        target: Target,
+        pipeline: Sequence[Pass],
+        dynamic: Dynamic | None,
+        dump: str | Path | None,
+        verify: bool,
+        fallback: str,
     ) -> None:
         self.target = target
         self._pipeline, self._dynamic, self._dump, self._verify = tuple(pipeline), dynamic, dump, verify
+        self._fallback = fallback
         self._compiled: Compiled | None = None
         self._model: torch.nn.Module | ExportedProgram | None = None
         self._lock = Lock()
@@ -97,8 +122,9 @@ class CompiledModel:
         if self._compiled is None:
             return f"CompiledModel(target={self.target.name!r}, compiled at the first call)"
         inputs = ", ".join(map(str, self._compiled.inputs))
-        calls = len(self._compiled.executable.plan.calls)
-        return f"CompiledModel(target={self.target.name!r}, {inputs}, {calls} kernel calls)"
+        coverage = f", {self._compiled.coverage}" if self._compiled.coverage else ""
+        calls = len(self._compiled.calls)
+        return f"CompiledModel(target={self.target.name!r}, {inputs}, {calls} kernel calls{coverage})"
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return for these arguments.
@@ -119,14 +145,13 @@ class CompiledModel:
     def report(self) -> str:
         """Passes, kernels and sizes as text."""
         compiled = self._ready()
-        plan = compiled.executable.plan
         lines = [repr(self), f"weights {compiled.executable.weights_bytes() / 1e6:.1f} MB"]
         for step in compiled.steps:
             error = "" if step.max_error is None else f", max error {step.max_error:.1e}"
             rewrites = ", ".join(f"{n} {name}" for name, n in step.rewrites.items())
             lines.append(f"{step.name}: {step.ops_before} -> {step.ops_after} ops, {step.ms:.0f} ms{error}; {rewrites}")
         lines += [f"  refused {r.rule} at {r.node}: {r.reason}" for step in compiled.steps for r in step.refusals]
-        lines += [f"kernel {call.kernel}: {call.node} {list(map(str, call.shape))}" for call in plan.calls]
+        lines += [f"kernel {call.kernel}: {call.node} {list(map(str, call.shape))}" for call in compiled.calls]
         return "\n".join(lines)
 
     def kernels(self, inputs: Inputs, repeats: int = 20) -> list[KernelTime]:
@@ -136,13 +161,16 @@ class CompiledModel:
         return compiled.executable.kernels(tensors, check_inputs(compiled, tensors), repeats)
 
     def memory(self, inputs: Inputs) -> dict[str, int]:
-        """Bytes for these inputs: the arena, the sum of intermediates without reuse, and the weights."""
+        """Bytes for these inputs: the arena, the sum of intermediates without reuse, and the weights.
+
+        Over all native segments; a value between a segment and PyTorch is a tensor of its own and not counted.
+        """
         compiled = self._ready()
         dims = check_inputs(compiled, compiled.signature.flatten(*_as_call(inputs)))
-        plan = compiled.executable.plan
+        plans = compiled.executable.plans
         return {
-            "arena_bytes": plan.arena(dims)[1],
-            "intermediates_bytes": sum(plan.buffers[b].nbytes(dims) for b in plan.lifetimes()),
+            "arena_bytes": sum(plan.arena(dims)[1] for plan in plans),
+            "intermediates_bytes": sum(plan.buffers[b].nbytes(dims) for plan in plans for b in plan.lifetimes()),
             "weights_bytes": compiled.executable.weights_bytes(),
         }
 
@@ -170,13 +198,24 @@ class CompiledModel:
         program, signature = capture(model, inputs, self._dynamic)
         observer = Dump(Path(self._dump)) if self._dump is not None else None
         program, steps = run_pipeline(program, self._pipeline, self.target, check_values=self._verify, observe=observer)
-        engine = backend(self.target.backend)
-        _check_supported(engine.unsupported(program, self.target), self.target)
-        executable = engine.compile(program, self.target)
+        engine, coverage = backend(self.target.backend), None
+        missing = engine.unsupported(program, self.target)
+        if missing and self._fallback == "eager":
+            cut = CutSegments(engine)
+            program, step = run_pass(program, cut, self.target, check_values=self._verify, observe=observer)
+            steps.append(step)
+            coverage = Coverage.of(program)
+            log.warning("%s", coverage)
+            executable = compile_segments(program, engine, self.target)
+        else:
+            _check_supported(missing, self.target)
+            executable = engine.compile(program, self.target)
         if observer is not None:
             observer.kernels(executable.sources())
             observer.finish(self.target)
-        compiled = Compiled(executable, signature, program.inputs, program.outputs, program.dims, tuple(steps))
+        compiled = Compiled(
+            executable, signature, program.inputs, program.outputs, program.dims, tuple(steps), coverage
+        )
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -216,7 +255,8 @@ def _check_supported(missing: Sequence[Unsupported], target: Target) -> None:
     error = UnsupportedOpsError(
         f"no lowering for {len(missing)} operator(s) on target {target.name!r}:\n    " + "\n    ".join(lines),
         why="planish does not run parts of a model in PyTorch silently",
-        fix="rewrite those lines with supported operators, or use target='reference' to check the rest",
+        fix="rewrite those lines with supported operators, run them in PyTorch with fallback='eager', or use "
+        "target='reference' to check the rest",
     )
     error.ops = tuple(missing)
     raise error

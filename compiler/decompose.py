@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from planish.complex_pairs import KEPT
 from planish.ops import COPIES, IR, RESHAPES, aten
@@ -19,15 +20,38 @@ from planish.ops import COPIES, IR, RESHAPES, aten
 Decomposition = Callable[..., Any]
 
 
+CHECKED = frozenset(
+    {
+        aten.linalg_inv.default,
+        aten.linalg_solve.default,
+        aten.linalg_cholesky.default,
+        aten.linalg_lu_factor.default,
+        aten.linalg_ldl_factor.default,
+        aten.linalg_tensorinv.default,
+    }
+)
+"""Raise where a matrix is singular: PyTorch's decompositions make that an effect, which no graph of values has."""
+
+
 def table() -> dict[Any, Decomposition]:
     """Op to decomposition, for ``ExportedProgram.run_decompositions``; ops of the IR are absent, so they stay whole."""
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
-    entries |= OURS
+    entries |= {op: _of_reals(ours) for op, ours in OURS.items()}
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | RESHAPES | COPIES | KEPT
+    whole = IR - OURS.keys() | RESHAPES | COPIES | CHECKED | KEPT
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
+
+
+def _of_reals(ours: Decomposition) -> Decomposition:
+    """Ours take ops apart for kernels, which compute real numbers: an op on complex ones stays whole."""
+
+    def decompose(*args: Any, **kwargs: Any) -> Any:
+        tensors = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor)]
+        return NotImplemented if any(t.is_complex() for t in tensors) else ours(*args, **kwargs)
+
+    return decompose
 
 
 def _last(dim: int, rank: int) -> bool:

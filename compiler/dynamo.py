@@ -2,7 +2,8 @@
 
 Dynamo hands a graph over with the parameters among its inputs. They are bound as constants, as ``planish.compile`` has
 them; a graph that is called with other parameters, or with changed ones, is compiled again for those. Nothing runs in
-PyTorch but what dynamo itself leaves there when it breaks the graph, which the log and :func:`graphs` show.
+PyTorch but what dynamo itself leaves there when it breaks the graph, which the log and :func:`graphs` show, and what
+``options={"fallback": "eager"}`` allows, as in ``planish.compile``.
 """
 
 from __future__ import annotations
@@ -41,19 +42,20 @@ def graphs() -> int:
     return _made
 
 
-def backend(graph: fx.GraphModule, example: Sequence[Any]) -> Graph:
+def backend(graph: fx.GraphModule, example: Sequence[Any], *, options: Mapping[str, Any] | None = None) -> Graph:
     """The dynamo backend ``planish``.
 
     Args:
         graph: torch functions and operators, in inference.
         example: unused: the first call brings the values to capture with.
+        options: ``{"fallback": "eager"}`` runs operators without kernels in PyTorch.
 
     Returns:
         A callable that compiles at its first call. There an error reaches the user as it is, with its own class, where
         dynamo would wrap one that is raised here.
     """
     global _made
-    made = Graph(graph)
+    made = Graph(graph, options or {})
     with _lock:
         _made += 1
         log.info(
@@ -105,8 +107,9 @@ class Graph:
             have one value. A float comes as a tensor without axes.
     """
 
-    def __init__(self, graph: fx.GraphModule) -> None:
+    def __init__(self, graph: fx.GraphModule, options: Mapping[str, Any]) -> None:
         self.graph = graph
+        self._fallback = options.get("fallback", "error")
         self.inputs: list[_Input] = []
         self.constants: list[int] = []
         self.sizes: dict[int, tuple[str, int]] = {}
@@ -115,6 +118,8 @@ class Graph:
         self._found: dict[tuple[Any, ...], _Compiled] = {}
         self._lock = Lock()
         self._sort_placeholders()
+        if unknown := options.keys() - {"fallback"}:
+            self._problem = InputError(f"unknown option {min(unknown)!r}", fix='the only one is "fallback"')
 
     def _sort_placeholders(self) -> None:
         others: dict[int, fx.Node] = {}
@@ -181,7 +186,7 @@ class Graph:
                 name: {axis: Dim(symbol, min(2, size), _bound(size)) for axis, (symbol, size) in sizes.items()}
                 for name, sizes in axes.items()
             }
-            return api.compile(module, tensors, dynamic=dynamic, cache=False)
+            return api.compile(module, tensors, dynamic=dynamic, fallback=self._fallback, cache=False)
         except (CaptureError, DimError) as error:
             if not any(axes.values()):
                 raise

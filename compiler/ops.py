@@ -250,3 +250,12 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether an op draws random numbers; dropout in inference and attention without dropout draw none."""
+    op = node.target
+    if not isinstance(op, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in op.tags:
+        return False
+    switches = [(i, a) for i, a in enumerate(op._schema.arguments) if a.name in ("train", "training", "dropout_p")]
+    return all(argument(node, i, a.name, a.default_value) for i, a in switches)

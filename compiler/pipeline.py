@@ -141,29 +141,41 @@ def run_pipeline(
     if observe:
         observe(steps[0], program)
     for p in passes:
-        before, program = program, program.clone()
-        start = time.perf_counter()
-        with provenance(program.module, p.name):
-            result = p.run(program, target)
-        ms = (time.perf_counter() - start) * 1e3
-        verify.infer_values(program)
-        program.module.recompile()
-        verify.check_graph(program, p.name)
-        program.facts = (program.facts - p.breaks) | p.makes
-        error = verify.check_values(before, program, p.name, p.tol) if check_values or verify.always else None
-        step = Step(
-            p.name,
-            ms,
-            count_ops(before.module),
-            count_ops(program.module),
-            dict(sorted(result.rewrites.items())),
-            tuple(result.refusals),
-            error,
-        )
+        program, step = run_pass(program, p, target, check_values=check_values, observe=observe)
         steps.append(step)
-        if observe:
-            observe(step, program)
     return program, steps
+
+
+def run_pass(
+    program: Program, p: Pass, target: Target, *, check_values: bool = False, observe: Observer | None = None
+) -> tuple[Program, Step]:
+    """Run one pass on a copy of ``program``, as ``run_pipeline`` does.
+
+    Raises:
+        GraphError, NumericError: naming the pass.
+    """
+    before, program = program, program.clone()
+    start = time.perf_counter()
+    with provenance(program.module, p.name):
+        result = p.run(program, target)
+    ms = (time.perf_counter() - start) * 1e3
+    verify.infer_values(program)
+    program.module.recompile()
+    verify.check_graph(program, p.name)
+    program.facts = (program.facts - p.breaks) | p.makes
+    error = verify.check_values(before, program, p.name, p.tol) if check_values or verify.always else None
+    step = Step(
+        p.name,
+        ms,
+        count_ops(before.module),
+        count_ops(program.module),
+        dict(sorted(result.rewrites.items())),
+        tuple(result.refusals),
+        error,
+    )
+    if observe:
+        observe(step, program)
+    return program, step
 
 
 @contextmanager

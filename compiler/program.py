@@ -62,12 +62,12 @@ class Program:
 
     Attributes:
         module: the graph.
-        inputs: one spec per placeholder.
+        inputs: one spec per placeholder that is a tensor.
         outputs: one spec per output tensor.
         dims: name to dynamic dimension.
         symbols: the shape environment's symbol for each dim name.
         facts: what passes have established (see ``Pass.makes``).
-        example: tensors that the model was captured with, one per placeholder.
+        example: tensors that the model was captured with, one per input; empty for a part of a program.
     """
 
     module: fx.GraphModule

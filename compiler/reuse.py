@@ -25,9 +25,10 @@ def fingerprint(
     target: Target,
     dynamic: Mapping[str, Mapping[int, Any]] | None,
     pipeline: Sequence[Pass],
+    fallback: str,
 ) -> Fingerprint | None:
     """Hash of all that decides the result: every weight's bytes, the modules' code and plain attributes, the inputs'
-    shapes and constants, target, dims and passes. None where the model is no nn.Module."""
+    shapes and constants, target, dims, passes and fallback. None where the model is no nn.Module."""
     if not isinstance(model, torch.nn.Module):
         return None
     digest = hashlib.sha256()
@@ -47,7 +48,7 @@ def fingerprint(
         f"{v.dtype}{tuple(v.shape)}{v.requires_grad}{v.device}" if isinstance(v, torch.Tensor) else repr(v)
         for v in leaves
     ]
-    digest.update(f"{spec}{described}{target!r}{dynamic!r}{pipeline!r}{torch.is_grad_enabled()}".encode())
+    digest.update(f"{spec}{described}{target!r}{dynamic!r}{pipeline!r}{fallback}{torch.is_grad_enabled()}".encode())
     return digest.digest()
 
 

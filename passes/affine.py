@@ -64,6 +64,8 @@ def _layer_and_constant(program: Program, node: fx.Node) -> tuple[fx.Node, torch
         is_layer = isinstance(layer, fx.Node) and layer.target in (LINEAR, CONVOLUTION)
         if not is_layer or not isinstance(other, fx.Node) or other.op != "get_attr":
             continue
+        if node.meta["val"].is_complex() or node.meta["val"].dtype is not layer.meta["val"].dtype:
+            return None
         per_channel = _per_channel(constant(program.module, other), layer)
         if per_channel is None or program.shape(layer) != program.shape(node):
             return None

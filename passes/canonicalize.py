@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, LINEAR, VIEWS, argument, aten
+from planish.ops import ATTENTION, LINEAR, VIEWS, argument, aten, is_random
 from planish.passes.affine import fold_scale, fold_shift
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
@@ -30,7 +30,7 @@ def fold_constant(program: Program, node: fx.Node) -> fx.Node | None:
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor) or not node.args:
         return None
     inputs = node.all_input_nodes
-    if not inputs or any(n.op != "get_attr" for n in inputs):
+    if is_random(node) or not inputs or any(n.op != "get_attr" for n in inputs):
         return None
     values = {n: constant(program.module, n) for n in inputs}
     value = node.target(  # pyright: ignore
@@ -216,6 +216,8 @@ def fold_attention_scale(program: Program, node: fx.Node) -> fx.Node | Refuse | 
     """
     query = node.args[0]
     assert isinstance(query, fx.Node)
+    if node.meta["val"].is_complex():
+        return None
     scale = argument(node, 6, "scale")
     scale = query.meta["val"].shape[-1] ** -0.5 if scale is None else scale
     if not isinstance(scale, float) or scale == 1.0:
@@ -286,7 +288,7 @@ def merge_equal(program: Program) -> int:
     seen: dict[Any, fx.Node] = {}
     merged = 0
     for node in list(program.nodes()):
-        if node.op not in ("call_function", "get_attr"):
+        if node.op not in ("call_function", "get_attr") or is_random(node):
             continue
         if isinstance(node.meta.get("val"), torch.SymInt):
             key: Any = program.size(node)

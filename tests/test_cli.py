@@ -102,6 +102,23 @@ def test_inspect_names_the_passes_there_are(factory: Path) -> None:
     assert "captured" in done.stderr
 
 
+def test_fallback_is_an_option(factory: Path) -> None:
+    with (factory / "mine.py").open("a") as file:
+        file.write(
+            "def strange():\n"
+            "    class Strange(torch.nn.Module):\n"
+            "        def forward(self, x):\n"
+            "            return torch.special.bessel_j1(x * 2)\n"
+            "    return Strange().eval(), (torch.randn(4),)\n"
+        )
+    done = _planish("compile", "mine:strange", "--fallback", "eager", cwd=factory)
+    assert done.returncode == 0, done.stderr
+    assert "1/2 ops native; eager: prims.bessel_j1.default (1, at mine.py:8)" in done.stdout
+    done = _planish("compile", "mine:strange", cwd=factory)
+    assert done.returncode == 1
+    assert "fallback='eager'" in done.stderr
+
+
 def test_targets_and_passes_list_the_registries() -> None:
     from planish.passes import REGISTRY
     from planish.targets import TARGETS

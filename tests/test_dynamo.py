@@ -176,6 +176,18 @@ def test_unsupported_operators_keep_their_class_and_list() -> None:
     assert {"aten.linalg_qr.default", "aten._fft_r2c.default"} <= {op.op for op in caught.value.ops}
 
 
+def test_the_fallback_is_an_option_and_no_other() -> None:
+    def strange(x: torch.Tensor) -> torch.Tensor:
+        return torch.special.bessel_j0(x * 2) + 1
+
+    x = torch.randn(4, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(_compiled(strange, options={"fallback": "eager"})(x), strange(x))
+        torch._dynamo.reset()
+        with pytest.raises(InputError, match=r"'speed'[\s\S]*\"fallback\""):
+            _compiled(strange, options={"speed": 9})(x)
+
+
 def test_an_input_that_requires_grad_runs_without_gradients() -> None:
     model, x = _mlp(), torch.randn(3, 16, requires_grad=True)
     with torch.no_grad():

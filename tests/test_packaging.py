@@ -141,6 +141,7 @@ ROOT_LAYERS = {
     "verify": "pipeline",
     "dump": "pipeline",
     "capture": "api",
+    "fallback": "api",
     "reuse": "api",
     "api": "api",
     "bundle": "api",

@@ -71,6 +71,11 @@ class TvmExecutable:
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._arenas: list[torch.Tensor] = []
 
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of the one native function."""
+        return (self.plan,)
+
     def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
         """Fresh outputs for inputs of the right dtype and shape; copies inputs that are not contiguous or aligned."""
         layout = self._layout(dims)

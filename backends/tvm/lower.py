@@ -57,34 +57,45 @@ def unsupported(program: Program, target: Target) -> list[Unsupported]:
     for node in program.nodes():
         grouped = node.op == "call_module"
         for n in getattr(program.module, str(node.target)).graph.nodes if grouped else [node]:
-            reason = _reason(program, n)
+            value_reason = _value_reason(program, n)
+            reason = value_reason or _op_reason(n)
             if reason:
-                found.append(Unsupported(n.name, str(n.target), source_line(n), reason))
+                found.append(Unsupported(n.name, str(n.target), source_line(n), reason, value=bool(value_reason)))
     return found
 
 
-def _reason(program: Program, node: fx.Node) -> str | None:
+def _value_reason(program: Program, node: fx.Node) -> str | None:
+    """Why no kernel can write or read the node's value, or None."""
     value = node.meta.get("val")
     if node.op == "output" or value is None:
         return None
     if isinstance(value, (tuple, list)):
         return "it has several results"
+    if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        return "it is a number that is read from a tensor"
+    sizes = program.shape(value) if isinstance(value, torch.Tensor) else (program.size(value),)
+    unknown = {str(s) for size in sizes if isinstance(size, sympy.Expr) for s in size.free_symbols} - {*program.dims}
+    if unknown:
+        return "its size follows from values, not from the inputs' shapes"
     if not isinstance(value, torch.Tensor):
-        return None if translatable(program.size(value)) else f"the size {program.size(value)} has no integer form"
+        return None if translatable(sizes[0]) else f"the size {sizes[0]} has no integer form"
+    if value.layout is not torch.strided:
+        return f"the layout {value.layout} has no kernels"
     if value.dtype not in DTYPES:
         return f"the dtype {value.dtype} has no kernels yet"
-    if not all(translatable(s) for s in program.shape(value)):
+    if not all(map(translatable, sizes)):
         return "its shape has no integer form"
-    elements = program.upper_bound(sympy.prod(program.shape(value)))
+    elements = program.upper_bound(sympy.prod(sizes))
     if elements >= 1 << 31:
         return f"it may have {elements:,} elements, and kernels index with 32 bits: lower the dims' upper bounds"
-    if node.op != "call_function":
-        return None
-    return _op_reason(node)
+    return None
 
 
 def _op_reason(node: fx.Node) -> str | None:
+    """Why an op whose value a kernel could write has no kernel, or None."""
     target: Any = node.target
+    if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
     checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, aten.index.Tensor: index_reason}
     if target in checks:
         return checks[target](node)
@@ -156,7 +167,7 @@ class Lowering:
         """Fill plan and module."""
         outputs: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
         for node in self.program.nodes():
-            if node.op == "placeholder":
+            if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
                 self.place[node] = self.buffer(node, "input")
         direct = self._direct_outputs(outputs)
         for node in self.program.nodes():
