@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from planish import decompose, verify
+from planish import decompose, mutation, verify
 from planish.errors import CaptureError, DimError, InputError, ModelStateError
 from planish.ops import COPIES, RESHAPES, aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
@@ -157,7 +157,7 @@ def capture(
         ModelStateError: the model is in training mode, or an input requires grad.
         InputError: inputs of a wrong kind or on another device.
         DimError: ``dynamic`` does not fit the inputs.
-        CaptureError: torch.export failed, or the model fixes a dynamic dim or changes its own state.
+        CaptureError: torch.export failed, or the model fixes a dynamic dim or writes to what is no buffer.
     """
     check_model(model)
     check_inputs_kind(inputs)
@@ -210,7 +210,8 @@ class _FlatModule(torch.nn.Module):
             ordered = [n for n, p in parameters.parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
             args += [bound.pop(name) for name in ordered if name in bound]
             args += [bound.pop(n) for n in sorted((n for n in bound if n.startswith(f"{star}.")), key=_star_index)]
-        return self.model(*args, **bound)
+        with mutation.assignments_as_writes(self.model):
+            return self.model(*args, **bound)
 
 
 def _star_index(name: str) -> int:
@@ -343,14 +344,18 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mutation.assigned_attributes() as assigned:
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
-            return exported.run_decompositions(decompose.table())
+            exported = exported.run_decompositions(decompose.table())
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice
         raise CaptureError(
             f"torch.export could not capture the model: {type(error).__name__}: {_first_lines(error)}",
             fix="make the forward free of data-dependent control flow and of fixed sizes in dynamic dims",
         ) from error
+    mutation.check_assigned(exported, assigned)
+    return exported
 
 
 def _first_lines(error: Exception) -> str:
@@ -383,7 +388,6 @@ def _to_program(
     prefix: str,
 ) -> tuple[Program, tuple[int | sympy.Expr | tuple[Any], ...]]:
     """Turn lifted parameters into ``get_attr`` nodes, user inputs into placeholders, and clean the graph."""
-    _check_no_mutation(exported)
     module = fx.GraphModule({}, fx.Graph(), class_name="Program")
     graph = module.graph
     mapping: dict[fx.Node, fx.Node] = {}
@@ -406,16 +410,18 @@ def _to_program(
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
-    slots = _flat_output(exported, graph)
+    state = mutation.lift_state(exported, graph, mapping, prefix)
+    slots = _flat_output(graph, state.after)
     _clean(module)
     widen_half(module)
     symbols, program_dims = _dims(exported, names, dims, graph)
-    program = Program(module, (), (), program_dims, symbols, example)
+    program = Program(module, (), (), program_dims, symbols, (*example, *state.initial), state=state.names)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     program.inputs = tuple(TensorSpec(n.name, n.meta["val"].dtype, program.shape(n)) for n in placeholders)
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
     tensors = [s for s in exported.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     out_names = [s.arg.name for s in tensors if not isinstance(s.arg, (ConstantArgument, SymIntArgument))]
+    out_names += [f"new_{spec.name}" for spec in program.inputs[program.arguments :]]
     program.outputs = tuple(
         TensorSpec(name, n.meta["val"].dtype, program.shape(n)) for name, n in zip(out_names, outputs, strict=True)
     )
@@ -425,19 +431,8 @@ def _to_program(
     return program, resolved  # pyright: ignore
 
 
-def _check_no_mutation(exported: ExportedProgram) -> None:
-    signature = exported.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise CaptureError(
-            f"the model changes its own state or its inputs in forward: {', '.join(changed)}",
-            why="a compiled model is a pure function of its inputs",
-            fix="return the new value instead of storing it",
-        )
-
-
-def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.Node | tuple[Any]]:
-    """Make the output node a flat tuple of tensors; return what each leaf of the model's output is."""
+def _flat_output(graph: fx.Graph, state: Sequence[fx.Node]) -> list[int | fx.Node | tuple[Any]]:
+    """Make the output node a flat tuple of tensors, the state last; return what each leaf of the model's output is."""
     output = next(n for n in graph.nodes if n.op == "output")
     tensors: list[fx.Node] = []
     slots: list[int | fx.Node | tuple[Any]] = []
@@ -464,7 +459,7 @@ def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.No
                     fix="return the tensor instead of calling .item() or .tolist() on it",
                 )
             slots.append(leaf)
-    output.args = (tuple(tensors),)
+    output.args = ((*tensors, *state),)
     return slots
 
 
@@ -475,7 +470,7 @@ def _dims(
     symbols: dict[str, sympy.Symbol] = {}
     ranges: dict[str, Dim] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for name, node in zip(names, placeholders, strict=True):
+    for name, node in zip(names, placeholders, strict=False):  # behind the inputs comes the state, whose sizes are fixed
         for axis, size in enumerate(node.meta["val"].shape):
             dim = dims.get((name, axis))
             expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
@@ -530,7 +525,7 @@ def _keeps_dtype(node: fx.Node) -> bool:
     return node.args[0].meta["val"].dtype == node.meta["val"].dtype  # pyright: ignore
 
 
-def _check_size_one(model: Callable[..., Any], program: Program) -> None:
+def _check_size_one(model: torch.nn.Module, program: Program) -> None:
     """torch.export treats a size of 1 as a special case: check the captured graph against the model there."""
     ones = {name for name, dim in program.dims.items() if dim.min == 1}
     if not ones:
@@ -551,16 +546,17 @@ def _check_size_one(model: Callable[..., Any], program: Program) -> None:
             fix=f"start the range of {', '.join(sorted(ones))} at 2",
         )
 
-    graph = _ShapeCheck(program, sizes)
+    graph, buffers = _ShapeCheck(program, sizes), [f"model.{name}" for name in program.state]
     with torch.no_grad():
         try:
-            want = [v for v in pytree.tree_leaves(model(*small)) if isinstance(v, torch.Tensor)]
+            inputs, state = small[: program.arguments], small[program.arguments :]
+            want, after = mutation.run_unchanged(model, inputs, dict(zip(buffers, state, strict=True)))
             got = graph.run(*small)
         except (RuntimeError, ValueError, IndexError) as error:
             raise fail(f"it fails with {_first_lines(error)}") from error
     if graph.wrong is not None:
         raise fail(f"{graph.wrong.name} has another shape", source_line(graph.wrong))
-    worst = max((verify.relative_error(w, g) for w, g in zip(want, got, strict=True)), default=0.0)
+    worst = max((verify.relative_error(w, g) for w, g in zip([*want, *after], got, strict=True)), default=0.0)
     if not worst <= 1e-4:
         raise fail(f"relative error {worst:.3g}")
 

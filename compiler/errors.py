@@ -66,6 +66,12 @@ class InputError(PlanishError):
     code = "input"
 
 
+class StateError(PlanishError):
+    """A call without the state it needs or with a wrong one, or two uses of one state at the same time."""
+
+    code = "state"
+
+
 class DimError(PlanishError):
     """A dynamic dimension is described wrongly, or its size is outside its range."""
 

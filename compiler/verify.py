@@ -137,7 +137,11 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
-    """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values."""
+    """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values.
+
+    Floating-point state, which often starts as zeros, gets numbers from 0 to 1; counts and positions stay valid as
+    they are.
+    """
     sizes: dict[str, int] = {}
     for name, dim in program.dims.items():
         now = _example_size(program, name)
@@ -149,6 +153,10 @@ def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
                 new = evaluate(size, sizes)
                 tensor = tensor.index_select(axis, torch.arange(new) % tensor.shape[axis])
         resized.append(tensor.contiguous())
+    generator = torch.Generator().manual_seed(0)
+    for i in range(program.arguments, len(resized)):
+        if resized[i].is_floating_point():
+            resized[i] = torch.rand(resized[i].shape, generator=generator).to(resized[i].dtype)
     return tuple(resized)
 
 

@@ -154,10 +154,12 @@ class Lowering:
 
     def lower(self) -> None:
         """Fill plan and module."""
-        outputs: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
-        for node in self.program.nodes():
-            if node.op == "placeholder":
-                self.place[node] = self.buffer(node, "input")
+        results: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
+        placeholders = [n for n in self.program.nodes() if n.op == "placeholder"]
+        for i, node in enumerate(placeholders):
+            self.place[node] = self.buffer(node, "input" if i < self.program.arguments else "state")
+        held = placeholders[self.program.arguments :]
+        outputs, updated = results[: len(results) - len(held)], results[len(results) - len(held) :]
         direct = self._direct_outputs(outputs)
         for node in self.program.nodes():
             if node.op in ("call_function", "call_module") and isinstance(node.meta["val"], torch.Tensor):
@@ -166,6 +168,7 @@ class Lowering:
             if self.plan.buffers[self._place(output)].kind != "output" or outputs.count(output) > 1:
                 self._copy_out(output)
         self.outputs = [self.result[o] if o in self.result else self._place(o) for o in outputs]
+        self._commit([(self.place[old], new) for old, new in zip(held, updated, strict=True)])
 
     result: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     outputs: list[int] = field(default_factory=list[int])
@@ -177,16 +180,31 @@ class Lowering:
 
     def _copy_out(self, output: fx.Node) -> None:
         """An output that is an input, a constant, a view or returned twice gets a tensor of its own."""
-        if output in self.result:
-            return
-        index = self.buffer(output, "output")
+        if output not in self.result:
+            self.result[output] = self.buffer(output, "output")
+            self._copy(output, self.result[output])
+
+    def _copy(self, node: fx.Node, index: int) -> None:
+        """Copy a value to another buffer."""
         copy = fx.Graph()
         source = copy.placeholder("source")
-        same = copy.call_function(aten._to_copy.default, (source,), {"dtype": output.meta["val"].dtype})
-        source.meta["val"] = same.meta["val"] = output.meta["val"]
-        region = Region(output.name, (same,), (source,))
-        self._emit(region, self._choose(region), {source: output}, index)
-        self.result[output] = index
+        same = copy.call_function(aten._to_copy.default, (source,), {"dtype": node.meta["val"].dtype})
+        source.meta["val"] = same.meta["val"] = node.meta["val"]
+        region = Region(node.name, (same,), (source,))
+        self._emit(region, self._choose(region), {source: node}, index)
+
+    def _commit(self, updates: list[tuple[int, fx.Node]]) -> None:
+        """Copy the new values of a state, given as (buffer, value), once nothing reads the old ones any more."""
+        moved = [(buffer, new) for buffer, new in updates if self._place(new) != buffer]
+        copied = [(buffer, new) for buffer, new in moved if 0 not in self.program.shape(new)]
+        for _, new in copied:
+            if self.plan.buffers[self._place(new)].kind == "state":  # another buffer's old value
+                index = self.buffer(new, "arena")
+                self._copy(new, index)
+                self.place[new] = index
+        for buffer, new in copied:
+            self._copy(new, buffer)
+            self.plan.calls[-1] = replace(self.plan.calls[-1], commits=True)
 
     def _lower_node(self, node: fx.Node, direct: set[fx.Node]) -> None:
         if node.target in ALIASES and node.args[0] in self.place and self._is_plain(node.args[0]):
@@ -199,7 +217,7 @@ class Lowering:
         self._lower_region(region, outer, node, direct)
 
     def _is_plain(self, node: Any) -> bool:
-        return self.plan.buffers[self.place[node]].kind in ("arena", "input")
+        return self.plan.buffers[self.place[node]].kind in ("arena", "input", "state")
 
     def _region(self, node: fx.Node) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """The region of a lone op or group, and which outer node each of its inputs is."""
