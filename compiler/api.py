@@ -16,7 +16,7 @@ from planish.backends import backend
 from planish.backends.base import Executable, KernelTime, Unsupported
 from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
-from planish.errors import DimError, InputError, UnsupportedOpsError
+from planish.errors import DimError, InputError, StateError, UnsupportedOpsError
 from planish.pipeline import Pass, Step, run_pipeline
 from planish.program import Dim, TensorSpec
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
@@ -223,14 +223,14 @@ class CompiledModel:
     def _ready(self) -> Compiled:
         if self._compiled is None:
             raise InputError(
-                "the model is not compiled yet", why="it is captured at the first call", fix="call it once, or give compile() its inputs"
+                "the model is not compiled yet",
+                why="it is captured at the first call",
+                fix="call it once, or give compile() its inputs",
             )
         return self._compiled
 
 
-def _run(
-    compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Sequence[torch.Tensor]
-) -> Any:
+def _run(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Sequence[torch.Tensor]) -> Any:
     tensors = compiled.signature.flatten(args, kwargs)
     dims = check_inputs(compiled, tensors)
     return compiled.signature.unflatten(compiled.executable(tensors, dims, buffers), dims)

@@ -17,10 +17,11 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
 from planish import decompose, mutation, verify
-from planish.errors import CaptureError, DimError, InputError, ModelStateError
+from planish.errors import CaptureError, DimError, InputError, ModelStateError, first_lines
 from planish.ops import COPIES, RESHAPES, aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
 from planish.rules import remove_dead
+from planish.size_one import check_size_one
 from planish.widen import widen_half
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
@@ -181,7 +182,7 @@ def capture(
     leaves = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in values)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    _check_size_one(flat, program)
+    check_size_one(flat, program)
     return program, Signature(parameters, names, leaves, in_spec, out_spec, slots)
 
 
@@ -345,21 +346,18 @@ def _export(
     )
     try:
         with torch.no_grad(), mutation.assigned_attributes() as assigned:
-            exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
+            exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,) if shapes else None, strict=False)
             exported = exported.run_decompositions(decompose.table())
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice
         raise CaptureError(
-            f"torch.export could not capture the model: {type(error).__name__}: {_first_lines(error)}",
+            f"torch.export could not capture the model: {type(error).__name__}: {first_lines(error)}",
+            why=mutation.shared_memory(module) if isinstance(error, AssertionError) else "",
             fix="make the forward free of data-dependent control flow and of fixed sizes in dynamic dims",
         ) from error
     mutation.check_assigned(exported, assigned)
     return exported
-
-
-def _first_lines(error: Exception) -> str:
-    return "\n    ".join(line for line in str(error).strip().splitlines()[:6] if line.strip())
 
 
 def _capture_exported(exported: ExportedProgram) -> tuple[Program, Signature]:
@@ -393,8 +391,13 @@ def _to_program(
     mapping: dict[fx.Node, fx.Node] = {}
     kinds = {s.arg.name: s for s in exported.graph_signature.input_specs}
     supply = iter(names)
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
+    state = mutation.written_buffers(exported, names, prefix)
+    held = {b.source: b.name.replace(".", "_") for b in state}
+    for node in sorted(exported.graph.nodes, key=lambda n: (n.op != "placeholder", n in held)):  # the state comes last
+        if node in held:
+            mapping[node] = graph.placeholder(held[node])
+            mapping[node].target = mapping[node].name
+        elif node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
             target = str(kinds[node.name].target)
             tensor = exported.state_dict.get(target, exported.constants.get(target))
             if tensor is None:
@@ -410,12 +413,12 @@ def _to_program(
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
-    state = mutation.lift_state(exported, graph, mapping, prefix)
-    slots = _flat_output(graph, state.after)
+    slots = _flat_output(graph, [mapping[b.result] for b in state])
     _clean(module)
     widen_half(module)
     symbols, program_dims = _dims(exported, names, dims, graph)
-    program = Program(module, (), (), program_dims, symbols, (*example, *state.initial), state=state.names)
+    program = Program(module, (), (), program_dims, symbols, (*example, *(b.initial for b in state)))
+    program.state = tuple(b.name for b in state)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     program.inputs = tuple(TensorSpec(n.name, n.meta["val"].dtype, program.shape(n)) for n in placeholders)
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
@@ -432,11 +435,15 @@ def _to_program(
 
 
 def _flat_output(graph: fx.Graph, state: Sequence[fx.Node]) -> list[int | fx.Node | tuple[Any]]:
-    """Make the output node a flat tuple of tensors, the state last; return what each leaf of the model's output is."""
+    """Make the output node a flat tuple of tensors, with the new state last instead of first.
+
+    Returns:
+        what each leaf of the model's own output is.
+    """
     output = next(n for n in graph.nodes if n.op == "output")
     tensors: list[fx.Node] = []
     slots: list[int | fx.Node | tuple[Any]] = []
-    for leaf in output.args[0]:  # pyright: ignore
+    for leaf in output.args[0][len(state) :]:  # pyright: ignore
         if not isinstance(leaf, fx.Node):
             slots.append((leaf,))
         elif isinstance(leaf.meta["val"], torch.Tensor):
@@ -470,7 +477,9 @@ def _dims(
     symbols: dict[str, sympy.Symbol] = {}
     ranges: dict[str, Dim] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for name, node in zip(names, placeholders, strict=False):  # behind the inputs comes the state, whose sizes are fixed
+    for name, node in zip(
+        names, placeholders, strict=False
+    ):  # behind the inputs comes the state, whose sizes are fixed
         for axis, size in enumerate(node.meta["val"].shape):
             dim = dims.get((name, axis))
             expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
@@ -523,60 +532,6 @@ def _keeps_dtype(node: fx.Node) -> bool:
     if node.target is not aten._to_copy.default:
         return False
     return node.args[0].meta["val"].dtype == node.meta["val"].dtype  # pyright: ignore
-
-
-def _check_size_one(model: torch.nn.Module, program: Program) -> None:
-    """torch.export treats a size of 1 as a special case: check the captured graph against the model there."""
-    ones = {name for name, dim in program.dims.items() if dim.min == 1}
-    if not ones:
-        return
-    small = list(program.example)
-    sizes: dict[str, int] = {}
-    for i, spec in enumerate(program.inputs):
-        for axis, size in enumerate(spec.shape):
-            if str(size) in ones:
-                small[i] = small[i].narrow(axis, 0, 1).contiguous()
-            sizes[str(size)] = small[i].shape[axis]
-
-    def fail(what: str, where: str = "") -> CaptureError:
-        return CaptureError(
-            f"the captured graph differs from the model at size 1: {what}",
-            where=where,
-            why="the model takes another path when a dynamic dim is 1",
-            fix=f"start the range of {', '.join(sorted(ones))} at 2",
-        )
-
-    graph, buffers = _ShapeCheck(program, sizes), [f"model.{name}" for name in program.state]
-    with torch.no_grad():
-        try:
-            inputs, state = small[: program.arguments], small[program.arguments :]
-            want, after = mutation.run_unchanged(model, inputs, dict(zip(buffers, state, strict=True)))
-            got = graph.run(*small)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise fail(f"it fails with {_first_lines(error)}") from error
-    if graph.wrong is not None:
-        raise fail(f"{graph.wrong.name} has another shape", source_line(graph.wrong))
-    worst = max((verify.relative_error(w, g) for w, g in zip([*want, *after], got, strict=True)), default=0.0)
-    if not worst <= 1e-4:
-        raise fail(f"relative error {worst:.3g}")
-
-
-class _ShapeCheck(fx.Interpreter):
-    """Runs the captured graph and keeps the first node whose value has another shape than was captured."""
-
-    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
-        super().__init__(program.module)
-        self.program, self.sizes = program, sizes
-        self.wrong: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self.wrong is None and n.op == "call_function" and isinstance(value, torch.Tensor):
-            shape = self.program.shape(n)
-            known = all(isinstance(s, int) or {str(f) for f in s.free_symbols} <= self.sizes.keys() for s in shape)
-            if known and tuple(value.shape) != tuple(evaluate(s, self.sizes) for s in shape):
-                self.wrong = n
-        return value
 
 
 def _describe(value: Any) -> str:

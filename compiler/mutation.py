@@ -93,12 +93,20 @@ def _write(name: str, old: torch.Tensor | None, new: torch.Tensor | None) -> Non
 
 
 @dataclass(frozen=True)
-class Lifted:
-    """State of a captured graph: each mutable buffer's name, its value at capture, and the node it has afterwards."""
+class Buffer:
+    """A buffer that a model writes to.
 
-    names: tuple[str, ...]
-    initial: tuple[torch.Tensor, ...]
-    after: tuple[fx.Node, ...]
+    Attributes:
+        name: its name in the model.
+        source: the placeholder of the exported graph that is its value before a call.
+        result: the node of the exported graph that is its value after the call.
+        initial: a copy of its value now.
+    """
+
+    name: str
+    source: fx.Node
+    result: fx.Node
+    initial: torch.Tensor
 
 
 _WRITES = {
@@ -108,74 +116,38 @@ _WRITES = {
 }
 
 
-def lift_state(exported: ExportedProgram, graph: fx.Graph, mapping: dict[fx.Node, fx.Node], prefix: str) -> Lifted:
-    """Make the buffers that a model writes to the graph's last inputs, and leave only the user's outputs.
-
-    before: ``def f(x): new = self.count + 1; return (new, x * new)``, where ``new`` is what ``count`` holds afterwards
-    after:  ``def f(x, count): new = count + 1; return (x * new,)``, and ``new`` among the result's ``after``
+def written_buffers(exported: ExportedProgram, inputs: Sequence[str], prefix: str) -> tuple[Buffer, ...]:
+    """The buffers that a model writes to, in the order in which their new values lead the exported graph's outputs.
 
     Args:
-        graph: a copy of the exported graph with every parameter and buffer as a ``get_attr``.
-        mapping: node of the exported graph to its copy.
-        prefix: what the names of all buffers begin with, left out of the result.
+        inputs: names of the user's inputs.
+        prefix: what the names of all parameters and buffers begin with, left out of the result.
 
     Raises:
-        CaptureError: the model writes to an input or a parameter, or to memory that two of its tensors share.
+        CaptureError: the model writes to an input or a parameter.
     """
     signature = exported.graph_signature
-    output = next(n for n in graph.nodes if n.op == "output")
-    leaves: tuple[fx.Node, ...] = output.args[0]  # pyright: ignore
-    written = [(s, n) for s, n in zip(signature.output_specs, leaves, strict=True) if s.kind in _WRITES]
-    for spec, node in written:
+    placeholders = {n.name: n for n in exported.graph.nodes if n.op == "placeholder"}
+    output = next(n for n in exported.graph.nodes if n.op == "output")
+    names = dict(zip(signature.user_inputs, inputs, strict=True))
+    owners = {str(s.target): s.arg.name for s in signature.input_specs if s.target is not None}
+    found: list[Buffer] = []
+    for spec, node in zip(signature.output_specs, output.args[0], strict=True):  # pyright: ignore
+        if spec.kind not in _WRITES:
+            continue
+        target = str(spec.target)
+        name = names.get(target, target.removeprefix(prefix))
         if spec.kind is not OutputKind.BUFFER_MUTATION:
             raise CaptureError(
-                f"the model writes to its {_WRITES[spec.kind]} {str(spec.target).removeprefix(prefix)!r}",
-                where=source_line(node),
+                f"the model writes to its {_WRITES[spec.kind]} {name!r}",
+                where=source_line(node),  # pyright: ignore
                 why="a compiled model changes registered buffers, which are its state, and nothing else",
                 fix="write to a copy, x = x.clone(), or keep the value in a registered buffer",
             )
-    output.args = (leaves[len(written) :],)
-    owners = {str(s.target): s.arg.name for s in signature.input_specs}
-    by_name = {n.name: mapping[n] for n in exported.graph.nodes if n.op == "placeholder"}
-    names = [str(spec.target) for spec, _ in written]
-    _check_own_memory(exported, names, prefix)
-    for name in names:
-        _make_input(graph, by_name[owners[name]])
-    initial = [_value(exported, name).detach().clone(memory_format=torch.contiguous_format) for name in names]
-    return Lifted(tuple(n.removeprefix(prefix) for n in names), tuple(initial), tuple(n for _, n in written))
-
-
-def _make_input(graph: fx.Graph, constant: fx.Node) -> None:
-    """Replace a ``get_attr`` by a placeholder behind all others."""
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    at = graph.inserting_after(placeholders[-1]) if placeholders else graph.inserting_before(next(iter(graph.nodes)))
-    with at:
-        node = graph.placeholder(constant.name)
-    node.meta = dict(constant.meta)
-    constant.replace_all_uses_with(node)
-    graph.erase_node(constant)
-
-
-def _value(exported: ExportedProgram, name: str) -> torch.Tensor:
-    value = exported.state_dict.get(name, exported.constants.get(name))
-    assert isinstance(value, torch.Tensor)
-    return value
-
-
-def _check_own_memory(exported: ExportedProgram, written: Sequence[str], prefix: str) -> None:
-    """Raise if a written buffer shares memory with another tensor, which would have to change with it."""
-    tensors = {**exported.constants, **exported.state_dict}
-    for name in written:
-        memory = _value(exported, name).untyped_storage().data_ptr()
-        for other, tensor in tensors.items():
-            shared = isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() == memory
-            if shared and other != name and memory:
-                raise CaptureError(
-                    f"the model writes to {name.removeprefix(prefix)!r}, "
-                    f"which shares its memory with {other.removeprefix(prefix)!r}",
-                    why="each buffer of a state has memory of its own",
-                    fix="register one buffer, and take the view of it in forward",
-                )
+        value = exported.state_dict.get(target, exported.constants.get(target))
+        initial = value.detach().clone(memory_format=torch.contiguous_format)  # pyright: ignore
+        found.append(Buffer(name, placeholders[owners[target]], node, initial))  # pyright: ignore
+    return tuple(found)
 
 
 def run_unchanged(
@@ -186,3 +158,15 @@ def run_unchanged(
     result = torch.func.functional_call(model, own, tuple(tensors), tie_weights=False)
     # a buffer that the model has assigned is another tensor now, which functional_call puts into ``own``
     return [v for v in pytree.tree_leaves(result) if isinstance(v, torch.Tensor)], [own[name] for name in buffers]
+
+
+def shared_memory(model: torch.nn.Module) -> str:
+    """Which buffers share memory with another tensor of the model, in words; export fails where one is written to."""
+    tensors = [*model.named_buffers(remove_duplicate=False), *model.named_parameters()]
+    tensors += [(f"{n}.{k}", v) for n, m in model.named_modules() for k, v in vars(m).items() if torch.is_tensor(v)]
+    groups: dict[int, list[str]] = {}
+    for name, tensor in tensors:
+        groups.setdefault(tensor.untyped_storage().data_ptr(), []).append(name)
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    shared = [" and ".join(names) for at, names in groups.items() if at and len(names) > 1 and buffers & {*names}]
+    return f"a buffer that the model writes to may share no memory, and these do: {'; '.join(shared)}" if shared else ""
