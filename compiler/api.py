@@ -130,6 +130,14 @@ class CompiledModel:
             raise StateError("the model has no state", why="its forward writes to no buffer", fix="call it without one")
         return State.fresh(spec)
 
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the buffers that the model writes to."""
+        return self._ready().state.names
+
+    def state_over(self, tensors: Sequence[torch.Tensor]) -> State:
+        """A state held in the caller's own tensors, one per name of ``state_names``: calls update them in place."""
+        return State(self._ready().state, tensors)
+
     @property
     def steps(self) -> tuple[Step, ...]:
         """The passes that ran."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from planish.errors import GraphError, NumericError
@@ -29,7 +29,8 @@ _SYMBOLIC: dict[Any, Any] = {torch.ops.aten.constant_pad_nd.default: torch._refs
 
 def fake_mode(program: Program) -> FakeTensorMode:
     """The fake-tensor mode (with its symbolic shapes) that the graph was captured in."""
-    return next(n.meta["val"].fake_mode for n in program.nodes() if n.op == "placeholder")
+    values = (n.meta.get("val") for n in program.nodes())
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 def infer_values(program: Program) -> None:

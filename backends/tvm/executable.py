@@ -76,7 +76,8 @@ class TvmExecutable:
     ) -> tuple[torch.Tensor, ...]:
         """Fresh outputs for inputs of the right dtype and shape; copies inputs that are not contiguous or aligned."""
         layout = self._layout(dims)
-        ready = [*(_ready(t) for t in tensors), *state]
+        held = [_ready(t) for t in state]
+        ready = [*(_ready(t) for t in tensors), *held]
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
         arena = self._lease(layout.arena_bytes)
         try:
@@ -84,6 +85,10 @@ class TvmExecutable:
         finally:
             if len(self._arenas) < _ARENAS:
                 self._arenas.append(arena)
+        with torch.inference_mode():
+            for buffer, value in zip(state, held, strict=True):
+                if value is not buffer:
+                    buffer.copy_(value)
         return tuple(outputs[i] for i in self._order)
 
     def _run(
