@@ -241,6 +241,15 @@ def test_a_cache_is_written_in_place(decoder: tuple[Decoder, Any]) -> None:
     assert all(c.op == "attention" for c in calls if c.shape[-3:] == (2, 8, 8)), [str(c) for c in calls]
 
 
+def test_kernels_are_timed_on_a_state_of_their_own(decoder: tuple[Decoder, Any]) -> None:
+    _, cm = decoder
+    state = cm.new_state()
+    rows = {row.op for row in cm.kernels(_step(1, 0), repeats=1)}
+    assert "write" in rows
+    assert "undo" not in rows, "it runs after a failure only"
+    assert not any(state[name].any() or cm.new_state()[name].any() for name in state.names)
+
+
 @pytest.mark.parametrize("bad", [_step(11, 2), _step(1, 8), _step(1, 2, 4)], ids=["before", "write", "behind"])
 def test_a_failed_call_leaves_the_state(decoder: tuple[Decoder, Any], bad: Inputs) -> None:
     """A bad index is found before the first write to a cache, in it, or behind all of them."""
