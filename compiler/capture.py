@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -345,7 +346,12 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with torch.no_grad(), mutation.assigned_attributes() as assigned:
+        with (
+            torch.no_grad(),
+            # torch.export copies its own tree specs in a way that torch itself warns about
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            mutation.assigned_attributes() as assigned,
+        ):
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,) if shapes else None, strict=False)
             exported = exported.run_decompositions(decompose.table())
     except CaptureError:

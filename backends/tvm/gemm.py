@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
@@ -28,8 +29,9 @@ from planish.backends.tvm.builder import (
 from planish.backends.tvm.expr import Evaluator, Rows
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
-from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, call_tile, gemm_tile
+from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, Tile, call_tile, gemm_tile, prefetch
 from planish.backends.tvm.rowwise import normalise_row
+from planish.backends.tvm.scalars import ELEMENTWISE
 from planish.ops import LAYER_NORM, LINEAR
 from planish.program import Program
 from planish.targets import Target
@@ -280,10 +282,30 @@ class StageCode:
             pointers = (begin, panel, target, ahead)
             sizes = (self.source.stride, i32(span), self.place.stride, i32(depth))
             start = T.address_of(self.chain.k.ev.sources[bias].buffer[column]) if bias is not None else None
+            self._fetch_residuals(row, T.min(left, tile.rows), column, vectors)
             call_tile(self.chain.k.module, tile, left, pointers, sizes, vectors=vectors, tail_lanes=tail, bias=start)
             if not done:
                 with T.serial(0, T.min(left, tile.rows)) as i:
                     self._epilogue(T.bind(row + i), column, span, tail)
+
+    def _fetch_residuals(self, row: Expr, count: Expr, column: Expr, vectors: int) -> None:
+        """Have what the epilogue adds on its way from memory while the tile multiplies.
+
+        A tile reads a few cache lines of each row, which the hardware's prefetcher does not foresee.
+        """
+        k, shape = self.chain.k, self.chain.k.program.shape(self.stage.linear)
+        residuals = [n for n in k.ev.sources if self._is_operand(n) and k.program.shape(n) == shape]
+        for node in residuals:
+            buffer = k.ev.sources[node].buffer
+            with T.serial(0, count) as i:
+                start = (row + i) * self.stage.columns + column
+                for v in range(vectors):
+                    prefetch(T.address_of(buffer[start + v * k.lanes]), level=1)
+
+    def _is_operand(self, node: fx.Node) -> bool:
+        """Whether an elementwise op of this stage's epilogue reads the fp32 tensor ``node``."""
+        users = {n for n in self.chain.k.region.nodes if n.target in ELEMENTWISE and node in n.all_input_nodes}
+        return node.meta["val"].dtype is torch.float32 and bool(users)
 
     def _bias(self) -> fx.Node | None:
         """The bias in memory, if there is one."""
