@@ -118,7 +118,7 @@ def _kernel(module: Module, program: Program, found: Write, log: int, *, back: b
         emit = _into_parts(k, found.parts) if found.parts else emitter(k, anchor)
         total = count(writes)
         with _loop(total, parallel=bool(found.parts)) as step:
-            at = keep(total - 1 - step) if back else step  # TVM divides a falling index wrongly
+            at = keep(total - 1 - step) if back else step  # see maps._flip
             place, value, combine = emit(unflatten_index(writes, at) if writes else ())
             where = T.bind(flat_index(shape, place) + i32(0))
             if back:
