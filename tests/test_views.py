@@ -77,16 +77,15 @@ def test_chains_of_views(drawn: tuple[tuple[int, ...], list[tuple[str, Any]]]) -
 
 
 class Falling(torch.nn.Module):
-    """Rows that are gathered, laid end to end and read backwards."""
+    """Rows that are gathered, laid end to end and read backwards by one op."""
 
-    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> Tensors:
-        ends = x.index_select(0, rows).reshape(-1).flip(0)
-        return ends + 1, torch.cumsum(ends, 0), torch.softmax(ends.reshape(-1, 3), -1)
+    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows).reshape(-1).flip(0) + 1
 
 
 def test_a_gathered_tensor_backwards() -> None:
     """The index is divided by the row's length while it falls."""
     for width in (4, 6, 32):
         x, rows = torch.arange(3.0 * width).view(3, width), torch.tensor([2, 0, 1])
-        got, want = planish.compile(Falling().eval(), (x, rows))(x, rows), Falling()(x, rows)
-        torch.testing.assert_close(list(got), list(want))
+        got = planish.compile(Falling().eval(), (x, rows))(x, rows)
+        assert torch.equal(got, Falling()(x, rows))
