@@ -47,11 +47,15 @@ class Executable(Protocol):
         """One for each native function."""
         ...
 
-    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
-        """Fresh output tensors for checked inputs."""
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Fresh output tensors for checked inputs; updates ``state`` in place, or leaves it as it was on an error."""
         ...
 
-    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+    def kernels(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor], repeats: int
+    ) -> list[KernelTime]:
         """Time of each kernel alone on real data; equal kernels on equal shapes are one row."""
         ...
 

@@ -23,11 +23,21 @@ class ReferenceExecutable:
         """There are none."""
         return ()
 
-    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
-        """Eager outputs; cloned, so that no output is an input or a constant."""
-        return tuple(t.clone(memory_format=torch.contiguous_format) for t in self._program.run(*tensors))
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Eager outputs; cloned, so that no output is an input, a constant or a buffer of the state."""
+        values = self._program.run(*tensors, *state)
+        results = [t.clone(memory_format=torch.contiguous_format) for t in values]
+        outputs, after = results[: len(results) - len(state)], results[len(results) - len(state) :]
+        with torch.inference_mode():
+            for buffer, value in zip(state, after, strict=True):
+                buffer.copy_(value)
+        return tuple(outputs)
 
-    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+    def kernels(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor], repeats: int
+    ) -> list[KernelTime]:
         """There are none."""
         return []
 

@@ -56,13 +56,22 @@ class SegmentedExecutable:
             for plan in segment.executable.plans
         )
 
-    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """Fresh outputs; one that PyTorch made as a view of an input, a constant or another output is copied.
 
         Raises:
             InputError: an op in PyTorch returned another shape or dtype than it had promised to the next segment.
         """
-        return self._run(tensors, dims, lambda name, given: self._segments[name].executable(given, dims))
+        results = self._run(
+            [*tensors, *state], dims, lambda name, given: self._segments[name].executable(given, dims, ())
+        )
+        outputs, after = results[: len(results) - len(state)], results[len(results) - len(state) :]
+        with torch.inference_mode():
+            for buffer, value in zip(state, after, strict=True):
+                buffer.copy_(value)
+        return outputs
 
     def _run(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], call: _Call) -> tuple[torch.Tensor, ...]:
         shapes = self._shapes(tuple(dims.values()))
@@ -94,16 +103,18 @@ class SegmentedExecutable:
                 taken.add(output.untyped_storage().data_ptr())
         return tuple(fresh[id(output)] for output in outputs)
 
-    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+    def kernels(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor], repeats: int
+    ) -> list[KernelTime]:
         """Time of each segment's kernels, on the values that the segments before and PyTorch give it."""
         rows: list[KernelTime] = []
 
         def timed(name: str, given: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
             executable = self._segments[name].executable
-            rows.extend(replace(row, name=f"{name}.{row.name}") for row in executable.kernels(given, dims, repeats))
-            return executable(given, dims)
+            rows.extend(replace(row, name=f"{name}.{row.name}") for row in executable.kernels(given, dims, (), repeats))
+            return executable(given, dims, ())
 
-        self._run(tensors, dims, timed)
+        self._run([*tensors, *state], dims, timed)
         return rows
 
     def sources(self) -> list[tuple[str, str, str]]:

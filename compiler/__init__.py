@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from planish.api import CompiledModel, compile
     from planish.errors import PlanishError
     from planish.program import Dim
+    from planish.state import State
     from planish.targets import Target
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _NAMES = {
     "CompiledModel": "planish.api",
     "Dim": "planish.program",
     "PlanishError": "planish.errors",
+    "State": "planish.state",
     "Target": "planish.targets",
     "compile": "planish.api",
 }
@@ -31,6 +33,7 @@ __all__ = [
     "CompiledModel",
     "Dim",
     "PlanishError",
+    "State",
     "Target",
     "__version__",
     "backends",

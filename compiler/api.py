@@ -17,12 +17,13 @@ from planish.backends import backend
 from planish.backends.base import Executable, KernelTime, Unsupported
 from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
-from planish.errors import DimError, InputError, UnsupportedOpsError
+from planish.errors import DimError, InputError, StateError, UnsupportedOpsError
 from planish.fallback import Coverage, CutSegments, check_fallback, compile_segments
 from planish.pipeline import Pass, Step, run_pass, run_pipeline
 from planish.plan import Call
 from planish.program import Dim, TensorSpec
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
+from planish.state import State, StateSpec, lend
 from planish.targets import Target
 
 log = logging.getLogger("planish")
@@ -87,9 +88,9 @@ class Compiled:
     executable: Executable
     signature: Signature
     inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     dims: dict[str, Dim]
     steps: tuple[Step, ...]
+    state: StateSpec
     coverage: Coverage | None
     """What runs in PyTorch; None where nothing does."""
 
@@ -97,6 +98,11 @@ class Compiled:
     def calls(self) -> list[Call]:
         """Every kernel call."""
         return [call for plan in self.executable.plans for call in plan.calls]
+
+    def state_updates(self) -> list[str]:
+        """How each buffer of the state gets its new value."""
+        native = [how for plan in self.executable.plans for how in plan.state_updates()]
+        return native or ["computed apart, then copied"] * len(self.state.names)
 
 
 class CompiledModel:
@@ -129,13 +135,39 @@ class CompiledModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model would return for these arguments.
 
+        A model that writes to its buffers takes a ``state`` besides them (see ``new_state``), and updates it. An output
+        that is such a buffer is a copy of it.
+
         Raises:
             InputError, DimError, ModelStateError: an argument does not fit what was compiled.
+            StateError: the state is missing, another model's, not wanted, or in use by another thread.
         """
+        # A model may have an argument of the name "state": the type tells them apart.
+        state = kwargs.pop("state") if isinstance(kwargs.get("state"), State) else None
         compiled = self._compiled or self._compile_at_first_call(args, kwargs)
-        tensors = compiled.signature.flatten(args, kwargs)
-        dims = check_inputs(compiled, tensors)
-        return compiled.signature.unflatten(compiled.executable(tensors, dims), dims)
+        if state is None and not compiled.state.names:
+            return _run(compiled, args, kwargs, ())
+        with lend(state, compiled.state) as buffers:
+            return _run(compiled, args, kwargs, buffers)
+
+    def new_state(self) -> State:
+        """The model's buffers as they were when it was compiled, for one user: ``compiled(x, state=s)`` updates them.
+
+        Raises:
+            StateError: the model does not write to its buffers.
+        """
+        spec = self._ready().state
+        if not spec.names:
+            raise StateError("the model has no state", why="its forward writes to no buffer", fix="call it without one")
+        return State.fresh(spec)
+
+    def state_names(self) -> tuple[str, ...]:
+        """Names of the buffers that the model writes to."""
+        return self._ready().state.names
+
+    def state_over(self, tensors: Sequence[torch.Tensor]) -> State:
+        """A state held in the caller's own tensors, one per name of ``state_names``: calls update them in place."""
+        return State(self._ready().state, tensors)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -146,6 +178,7 @@ class CompiledModel:
         """Passes, kernels and sizes as text."""
         compiled = self._ready()
         lines = [repr(self), f"weights {compiled.executable.weights_bytes() / 1e6:.1f} MB"]
+        lines += [f"state {n}: {how}" for n, how in zip(compiled.state.names, compiled.state_updates(), strict=True)]
         for step in compiled.steps:
             error = "" if step.max_error is None else f", max error {step.max_error:.1e}"
             rewrites = ", ".join(f"{n} {name}" for name, n in step.rewrites.items())
@@ -158,7 +191,8 @@ class CompiledModel:
         """Each kernel timed alone on real data (median of ``repeats``)."""
         compiled = self._ready()
         tensors = compiled.signature.flatten(*_as_call(inputs))
-        return compiled.executable.kernels(tensors, check_inputs(compiled, tensors), repeats)
+        buffers = [t.clone() for t in compiled.state.initial]
+        return compiled.executable.kernels(tensors, check_inputs(compiled, tensors), buffers, repeats)
 
     def memory(self, inputs: Inputs) -> dict[str, int]:
         """Bytes for these inputs: the arena, the sum of intermediates without reuse, and the weights.
@@ -213,9 +247,10 @@ class CompiledModel:
         if observer is not None:
             observer.kernels(executable.sources())
             observer.finish(self.target)
-        compiled = Compiled(
-            executable, signature, program.inputs, program.outputs, program.dims, tuple(steps), coverage
-        )
+        count = program.arguments
+        state = StateSpec(program.state, program.example[count:])
+        inputs = program.inputs[:count]
+        compiled = Compiled(executable, signature, inputs, program.dims, tuple(steps), state, coverage)
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -239,9 +274,17 @@ class CompiledModel:
     def _ready(self) -> Compiled:
         if self._compiled is None:
             raise InputError(
-                "the model is not compiled yet", why="it is captured at the first call", fix="call it once"
+                "the model is not compiled yet",
+                why="it is captured at the first call",
+                fix="call it once, or give compile() its inputs",
             )
         return self._compiled
+
+
+def _run(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Sequence[torch.Tensor]) -> Any:
+    tensors = compiled.signature.flatten(args, kwargs)
+    dims = check_inputs(compiled, tensors)
+    return compiled.signature.unflatten(compiled.executable(tensors, dims, buffers), dims)
 
 
 def _as_call(inputs: Inputs) -> tuple[tuple[Any, ...], Mapping[str, Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,12 +17,13 @@ from torch.export.graph_signature import ConstantArgument, InputKind, OutputKind
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.utils import _pytree as pytree
 
-from planish import decompose, verify
+from planish import decompose, mutation, verify
 from planish.complex_pairs import split_complex
-from planish.errors import CaptureError, DimError, InputError, ModelStateError
+from planish.errors import CaptureError, DimError, InputError, ModelStateError, first_lines
 from planish.ops import COPIES, RESHAPES, aten
 from planish.program import Dim, Program, TensorSpec, add_constant, evaluate, source_line
 from planish.rules import remove_dead
+from planish.size_one import check_size_one
 from planish.widen import widen_half
 
 Dynamic = Mapping[str, Mapping[int, Dim]]
@@ -159,7 +160,7 @@ def capture(
         ModelStateError: the model is in training mode, or an input requires grad.
         InputError: inputs of a wrong kind or on another device.
         DimError: ``dynamic`` does not fit the inputs.
-        CaptureError: torch.export failed, or the model fixes a dynamic dim or changes its own state.
+        CaptureError: torch.export failed, or the model fixes a dynamic dim or writes to what is no buffer.
     """
     check_model(model)
     check_inputs_kind(inputs)
@@ -183,7 +184,7 @@ def capture(
     leaves = tuple(None if isinstance(v, torch.Tensor) else (v,) for v in values)
     out_spec = exported.call_spec.out_spec
     assert out_spec is not None
-    _check_size_one(flat, program)
+    check_size_one(flat, program)
     return program, Signature(parameters, names, leaves, in_spec, out_spec, slots)
 
 
@@ -212,7 +213,8 @@ class _FlatModule(torch.nn.Module):
             ordered = [n for n, p in parameters.parameters.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
             args += [bound.pop(name) for name in ordered if name in bound]
             args += [bound.pop(n) for n in sorted((n for n in bound if n.startswith(f"{star}.")), key=_star_index)]
-        return self.model(*args, **bound)
+        with mutation.assignments_as_writes(self.model):
+            return self.model(*args, **bound)
 
 
 def _star_index(name: str) -> int:
@@ -345,19 +347,24 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        # torch.export copies its own tree specs in a way that torch itself warns about
-        with torch.no_grad(), warnings.catch_warnings(action="ignore", category=FutureWarning):
-            exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
-            return exported.run_decompositions(decompose.table())
+        with (
+            torch.no_grad(),
+            # torch.export copies its own tree specs in a way that torch itself warns about
+            warnings.catch_warnings(action="ignore", category=FutureWarning),
+            mutation.assigned_attributes() as assigned,
+        ):
+            exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,) if shapes else None, strict=False)
+            exported = exported.run_decompositions(decompose.table())
+    except CaptureError:
+        raise
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice
         raise CaptureError(
-            f"torch.export could not capture the model: {type(error).__name__}: {_first_lines(error)}",
+            f"torch.export could not capture the model: {type(error).__name__}: {first_lines(error)}",
+            why=mutation.shared_memory(module) if isinstance(error, AssertionError) else "",
             fix="make the forward free of data-dependent control flow and of fixed sizes in dynamic dims",
         ) from error
-
-
-def _first_lines(error: Exception) -> str:
-    return "\n    ".join(line for line in str(error).strip().splitlines()[:6] if line.strip())
+    mutation.check_assigned(exported, assigned)
+    return exported
 
 
 def _capture_exported(exported: ExportedProgram) -> tuple[Program, Signature]:
@@ -386,14 +393,18 @@ def _to_program(
     prefix: str,
 ) -> tuple[Program, tuple[int | sympy.Expr | tuple[Any], ...]]:
     """Turn lifted parameters into ``get_attr`` nodes, user inputs into placeholders, and clean the graph."""
-    _check_no_mutation(exported)
     module = fx.GraphModule({}, fx.Graph(), class_name="Program")
     graph = module.graph
     mapping: dict[fx.Node, fx.Node] = {}
     kinds = {s.arg.name: s for s in exported.graph_signature.input_specs}
     supply = iter(names)
-    for node in exported.graph.nodes:
-        if node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
+    state = mutation.written_buffers(exported, names, prefix)
+    held = {b.source: b.name.replace(".", "_") for b in state}
+    for node in sorted(exported.graph.nodes, key=lambda n: (n.op != "placeholder", n in held)):  # the state comes last
+        if node in held:
+            mapping[node] = graph.placeholder(held[node])
+            mapping[node].target = mapping[node].name
+        elif node.op == "placeholder" and kinds[node.name].kind is not InputKind.USER_INPUT:
             target = str(kinds[node.name].target)
             tensor = exported.state_dict.get(target, exported.constants.get(target))
             if tensor is None:
@@ -409,17 +420,19 @@ def _to_program(
         else:
             mapping[node] = graph.node_copy(node, lambda n: mapping[n])
         mapping[node].meta = {k: v for k, v in node.meta.items() if k in ("val", "stack_trace")}
-    slots = _flat_output(exported, graph)
+    slots = _flat_output(graph, [mapping[b.result] for b in state])
     _clean(module)
     split_complex(module)
     widen_half(module)
     symbols, program_dims = _dims(exported, names, dims, graph)
-    program = Program(module, (), (), program_dims, symbols, example)
+    program = Program(module, (), (), program_dims, symbols, (*example, *(b.initial for b in state)))
+    program.state = tuple(b.name for b in state)
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     program.inputs = tuple(TensorSpec(n.name, n.meta["val"].dtype, program.shape(n)) for n in placeholders)
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]
     tensors = [s for s in exported.graph_signature.output_specs if s.kind is OutputKind.USER_OUTPUT]
     out_names = [s.arg.name for s in tensors if not isinstance(s.arg, (ConstantArgument, SymIntArgument))]
+    out_names += [f"new_{spec.name}" for spec in program.inputs[program.arguments :]]
     program.outputs = tuple(
         TensorSpec(name, n.meta["val"].dtype, program.shape(n)) for name, n in zip(out_names, outputs, strict=True)
     )
@@ -429,23 +442,16 @@ def _to_program(
     return program, resolved  # pyright: ignore
 
 
-def _check_no_mutation(exported: ExportedProgram) -> None:
-    signature = exported.graph_signature
-    changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    if changed:
-        raise CaptureError(
-            f"the model changes its own state or its inputs in forward: {', '.join(changed)}",
-            why="a compiled model is a pure function of its inputs",
-            fix="return the new value instead of storing it",
-        )
+def _flat_output(graph: fx.Graph, state: Sequence[fx.Node]) -> list[int | fx.Node | tuple[Any]]:
+    """Make the output node a flat tuple of tensors, with the new state last instead of first.
 
-
-def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.Node | tuple[Any]]:
-    """Make the output node a flat tuple of tensors; return what each leaf of the model's output is."""
+    Returns:
+        what each leaf of the model's own output is.
+    """
     output = next(n for n in graph.nodes if n.op == "output")
     tensors: list[fx.Node] = []
     slots: list[int | fx.Node | tuple[Any]] = []
-    for leaf in output.args[0]:  # pyright: ignore
+    for leaf in output.args[0][len(state) :]:  # pyright: ignore
         if not isinstance(leaf, fx.Node):
             slots.append((leaf,))
         elif isinstance(leaf.meta["val"], torch.Tensor):
@@ -468,7 +474,7 @@ def _flat_output(exported: ExportedProgram, graph: fx.Graph) -> list[int | fx.No
                     fix="return the tensor instead of calling .item() or .tolist() on it",
                 )
             slots.append(leaf)
-    output.args = (tuple(tensors),)
+    output.args = ((*tensors, *state),)
     return slots
 
 
@@ -479,7 +485,9 @@ def _dims(
     symbols: dict[str, sympy.Symbol] = {}
     ranges: dict[str, Dim] = {}
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    for name, node in zip(names, placeholders, strict=True):
+    for name, node in zip(
+        names, placeholders, strict=False
+    ):  # behind the inputs comes the state, whose sizes are fixed
         for axis, size in enumerate(node.meta["val"].shape):
             dim = dims.get((name, axis))
             expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
@@ -532,59 +540,6 @@ def _keeps_dtype(node: fx.Node) -> bool:
     if node.target is not aten._to_copy.default:
         return False
     return node.args[0].meta["val"].dtype == node.meta["val"].dtype  # pyright: ignore
-
-
-def _check_size_one(model: Callable[..., Any], program: Program) -> None:
-    """torch.export treats a size of 1 as a special case: check the captured graph against the model there."""
-    ones = {name for name, dim in program.dims.items() if dim.min == 1}
-    if not ones:
-        return
-    small = list(program.example)
-    sizes: dict[str, int] = {}
-    for i, spec in enumerate(program.inputs):
-        for axis, size in enumerate(spec.shape):
-            if str(size) in ones:
-                small[i] = small[i].narrow(axis, 0, 1).contiguous()
-            sizes[str(size)] = small[i].shape[axis]
-
-    def fail(what: str, where: str = "") -> CaptureError:
-        return CaptureError(
-            f"the captured graph differs from the model at size 1: {what}",
-            where=where,
-            why="the model takes another path when a dynamic dim is 1",
-            fix=f"start the range of {', '.join(sorted(ones))} at 2",
-        )
-
-    graph = _ShapeCheck(program, sizes)
-    with torch.no_grad():
-        try:
-            want = [v for v in pytree.tree_leaves(model(*small)) if isinstance(v, torch.Tensor)]
-            got = graph.run(*small)
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise fail(f"it fails with {_first_lines(error)}") from error
-    if graph.wrong is not None:
-        raise fail(f"{graph.wrong.name} has another shape", source_line(graph.wrong))
-    worst = max((verify.relative_error(w, g) for w, g in zip(want, got, strict=True)), default=0.0)
-    if not worst <= 1e-4:
-        raise fail(f"relative error {worst:.3g}")
-
-
-class _ShapeCheck(fx.Interpreter):
-    """Runs the captured graph and keeps the first node whose value has another shape than was captured."""
-
-    def __init__(self, program: Program, sizes: Mapping[str, int]) -> None:
-        super().__init__(program.module)
-        self.program, self.sizes = program, sizes
-        self.wrong: fx.Node | None = None
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if self.wrong is None and n.op == "call_function" and isinstance(value, torch.Tensor):
-            shape = self.program.shape(n)
-            known = all(isinstance(s, int) or {str(f) for f in s.free_symbols} <= self.sizes.keys() for s in shape)
-            if known and tuple(value.shape) != tuple(evaluate(s, self.sizes) for s in shape):
-                self.wrong = n
-        return value
 
 
 def _describe(value: Any) -> str:

@@ -41,7 +41,7 @@ class StepRecord(msgspec.Struct, frozen=True):
 
 class Manifest(msgspec.Struct):
     """``pipeline.json``. ``files`` is everything planish wrote; ``complete`` is false while a compile runs or after it
-    failed."""
+    failed. ``state`` names the buffers that are the last inputs before a call, and the last outputs after it."""
 
     format: Literal["planish-dump"]
     version: Literal[1]
@@ -53,6 +53,7 @@ class Manifest(msgspec.Struct):
     dims: dict[str, tuple[int, int]]
     inputs: list[str]
     outputs: list[str]
+    state: list[str]
     steps: list[StepRecord]
     kernels: list[str]
     files: list[str]
@@ -147,6 +148,7 @@ class Dump:
         self._manifest.dims = {d.name: (d.min, d.max) for d in program.dims.values()}
         self._manifest.inputs = [str(spec) for spec in program.inputs]
         self._manifest.outputs = [str(spec) for spec in program.outputs]
+        self._manifest.state = list(program.state)
         placeholders = [n.name for n in program.nodes() if n.op == "placeholder"]
         stored: dict[str, torch.Tensor] = {}
         for name, tensor in zip(placeholders, program.example, strict=True):
@@ -165,6 +167,7 @@ class Dump:
             False,
             self.dump_weights,
             {},
+            [],
             [],
             [],
             [],

@@ -4,12 +4,15 @@ Dynamo hands a graph over with the parameters among its inputs. They are bound a
 them; a graph that is called with other parameters, or with changed ones, is compiled again for those. Nothing runs in
 PyTorch but what dynamo itself leaves there when it breaks the graph, which the log and :func:`graphs` show, and what
 ``options={"fallback": "eager"}`` allows, as in ``planish.compile``.
+
+Tensors of the model that the graph writes to are no constants but the state of the compiled graph, held where they are.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,16 +82,39 @@ class _Input:
 
 @dataclass(frozen=True)
 class _Compiled:
-    """A result, with the constants it was compiled for (weak references: the model may go) and their versions."""
+    """A result, with the constants it was compiled for (weak references: the model may go) and their versions.
+
+    ``held`` are the indices of those that the graph writes to: they are its state, whatever they contain.
+    """
 
     model: api.CompiledModel
     constants: tuple[weakref.ref[torch.Tensor], ...]
     versions: tuple[int, ...]
+    held: tuple[int, ...]
+
+    @staticmethod
+    def of(model: api.CompiledModel, constants: Sequence[torch.Tensor]) -> _Compiled:
+        """The result for these constants, registered as ``constant_0`` and so on."""
+        held = tuple(int(name.removeprefix("constant_")) for name in model.state_names())
+        fixed = [t for i, t in enumerate(constants) if i not in held]
+        return _Compiled(model, tuple(map(weakref.ref, constants)), _versions(fixed), held)
 
     def fits(self, constants: Sequence[torch.Tensor]) -> bool:
-        """Whether these are the same constants, unchanged."""
+        """Whether these are the same constants, unchanged but for the state."""
         same = all(ref() is tensor for ref, tensor in zip(self.constants, constants, strict=True))
-        return same and self.versions == _versions(constants)
+        return same and self.versions == _versions([t for i, t in enumerate(constants) if i not in self.held])
+
+    def run(self, constants: Sequence[torch.Tensor], tensors: dict[str, torch.Tensor]) -> Any:
+        """Call the model; what it writes to are the tensors themselves, as their version counters tell."""
+        if not self.held:
+            return self.model(**tensors)
+        state = [constants[i].detach() for i in self.held]
+        memory = {t.untyped_storage().data_ptr() for t in state}
+        # An input that is a view of the state is read as it was before the call.
+        apart = {n: t.clone() if t.untyped_storage().data_ptr() in memory else t for n, t in tensors.items()}
+        result = self.model(**apart, state=self.model.state_over(state))
+        torch.autograd.graph.increment_version([t for t in state if not t.is_inference()])
+        return result
 
 
 def _versions(tensors: Sequence[torch.Tensor]) -> tuple[int, ...]:
@@ -105,6 +131,7 @@ class Graph:
         sizes: place of an int in a call to the input and the axis it is the size of.
         numbers: places of numbers that are attributes of a module, such as the share that dropout drops, or that
             have one value. A float comes as a tensor without axes.
+        aliases: index of an output to the place of the constant that it is, after writes to it.
     """
 
     def __init__(self, graph: fx.GraphModule, options: Mapping[str, Any]) -> None:
@@ -120,6 +147,9 @@ class Graph:
         self._sort_placeholders()
         if unknown := options.keys() - {"fallback"}:
             self._problem = InputError(f"unknown option {min(unknown)!r}", fix='the only one is "fallback"')
+        places = {n: i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
+        outputs = [places.get(_written(leaf)) for leaf in graph.graph.output_node().args[0]]  # pyright: ignore
+        self.aliases = {i: place for i, place in enumerate(outputs) if place in self.constants}
 
     def _sort_placeholders(self) -> None:
         others: dict[int, fx.Node] = {}
@@ -171,10 +201,12 @@ class Graph:
             if found is None or not found.fits(constants):
                 module = _Bound(self, constants, numbers)
                 model = self._compile(module, args, tensors)
-                found = _Compiled(model, tuple(map(weakref.ref, constants)), _versions(constants))
+                found = _Compiled.of(model, constants)
                 alive = {k: c for k, c in self._found.items() if all(ref() is not None for ref in c.constants)}
                 self._found = alive | {key: found}
-        return found.model(**tensors)
+        result = found.run(constants, tensors)
+        held = {self.constants[i] for i in found.held}
+        return tuple(args[self.aliases[i]] if self.aliases.get(i) in held else leaf for i, leaf in enumerate(result))
 
     def _compile(
         self, module: torch.nn.Module, args: Sequence[Any], tensors: dict[str, torch.Tensor]
@@ -192,6 +224,23 @@ class Graph:
                 raise
             fix = f"{_STATIC}, which compiles for each shape; {error.fix}".rstrip("; ")
             raise type(error)(error.what, where=error.where, why=error.why, fix=fix) from error
+
+
+def _written(node: Any) -> Any:
+    """The tensor that an operation in place returns: ``x`` for ``x.add_(1)`` or ``x += 1``, else the node itself."""
+    while isinstance(node, fx.Node) and node.args:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not in_place and node.target not in _AUGMENTED:
+            break
+        node = node.args[0]
+    return node
+
+
+_AUGMENTED = {getattr(operator, f"i{n}") for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")} | {
+    getattr(operator, f"i{n}") for n in ("and", "or", "xor", "lshift", "rshift")
+}
+"""``x += y`` and the like, as dynamo writes them."""
 
 
 def _symbols(tensor: torch.Tensor) -> dict[int, str]:

@@ -34,6 +34,11 @@ def _rebuild(kind: type[PlanishError], what: str, where: str, why: str, fix: str
     return kind(what, where=where, why=why, fix=fix)
 
 
+def first_lines(error: Exception) -> str:
+    """The beginning of another library's error message, to be part of one of ours."""
+    return "\n    ".join(line for line in str(error).strip().splitlines()[:6] if line.strip())
+
+
 class CaptureError(PlanishError):
     """The model could not be captured as one graph by torch.export."""
 
@@ -64,6 +69,12 @@ class InputError(PlanishError):
     """A compiled model was called with inputs it was not compiled for."""
 
     code = "input"
+
+
+class StateError(PlanishError):
+    """A call without the state it needs or with a wrong one, or two uses of one state at the same time."""
+
+    code = "state"
 
 
 class DimError(PlanishError):

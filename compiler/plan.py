@@ -22,7 +22,8 @@ class Buffer:
 
     Attributes:
         name: the node that owns it.
-        kind: ``input``, ``output``, ``constant`` (in the weights blob) or ``arena``.
+        kind: ``input``, ``state`` (read before it is written), ``output``, ``constant`` (in the weights blob) or
+            ``arena``.
         itemsize: bytes per element.
         shape: sizes, possibly over dim names.
     """
@@ -48,6 +49,9 @@ class Call:
         op: what kind of kernel it is, such as ``gemm``.
         shape: the sizes it works on ([M, N, K] for a GEMM).
         flops: multiply-adds count two.
+        commits: whether it stores the new value of a state, which happens only if no kernel has failed.
+        undoes: index of the call whose writes into a state it takes back, which happens only if a kernel has failed
+            after that call.
     """
 
     kernel: str
@@ -56,6 +60,8 @@ class Call:
     op: str
     shape: tuple[Size, ...]
     flops: Size
+    commits: bool = False
+    undoes: int | None = None
 
 
 @dataclass
@@ -73,6 +79,12 @@ class Plan:
                 if self.buffers[b].kind == "arena":
                     spans[b] = (spans.get(b, (step, step))[0], step)
         return spans
+
+    def state_updates(self) -> list[str]:
+        """How each buffer of the state gets its new value."""
+        copied = {b for call in self.calls if call.commits for b in call.operands}
+        held = [i for i, b in enumerate(self.buffers) if b.kind == "state"]
+        return ["computed apart, then copied" if i in copied else "written in place" for i in held]
 
     def arena(self, dims: Mapping[str, int]) -> tuple[dict[int, int], int]:
         """Offset of each arena buffer and the arena's size in bytes, for given sizes of the dims."""

@@ -108,6 +108,9 @@ class _Printer:
         lines: list[str] = []
         if self.program.dims:
             lines.append("# dims: " + ", ".join(f"{d.name} {d.min}..{d.max}" for d in self.program.dims.values()))
+        if self.program.state:
+            names = ", ".join(self.program.state)
+            lines.append(f"# state: {names}: the last inputs before a call and the last outputs after it")
         for module in self.functions:
             for node in module.graph.nodes:
                 if node.op == "get_attr":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,9 @@ class Program:
     constants, the output is a flat tuple, and a fused group is a ``call_module`` of a GraphModule. It runs in eager
     PyTorch after every pass. ``node.meta["val"]`` holds a fake tensor with symbolic sizes.
 
+    A model that writes to its buffers is a pure function here too: the last ``len(state)`` inputs are those buffers
+    before the call, the last ``len(state)`` outputs what they hold after it, in the order of ``state``.
+
     Attributes:
         module: the graph.
         inputs: one spec per placeholder that is a tensor.
@@ -67,7 +70,9 @@ class Program:
         dims: name to dynamic dimension.
         symbols: the shape environment's symbol for each dim name.
         facts: what passes have established (see ``Pass.makes``).
-        example: tensors that the model was captured with, one per input; empty for a part of a program.
+        example: tensors that the model was captured with, one per input, copies of the buffers for the state; empty for
+            a part of a program.
+        state: names of the model's mutable buffers, such as ``attention.cache``.
     """
 
     module: fx.GraphModule
@@ -77,11 +82,16 @@ class Program:
     symbols: dict[str, sympy.Symbol]
     example: tuple[torch.Tensor, ...]
     facts: frozenset[str] = field(default_factory=frozenset[str])
+    state: tuple[str, ...] = ()
+
+    @property
+    def arguments(self) -> int:
+        """How many of the inputs a caller gives; the others are the state."""
+        return len(self.inputs) - len(self.state)
 
     def clone(self) -> Program:
         """A Program whose graph can be rewritten without touching this one; tensors are shared."""
-        module = clone_module(self.module)
-        return Program(module, self.inputs, self.outputs, self.dims, self.symbols, self.example, self.facts)
+        return replace(self, module=clone_module(self.module))
 
     def nodes(self) -> Iterator[fx.Node]:
         """All nodes in execution order."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import map_aggregate
 
 from planish.errors import GraphError, NumericError
@@ -27,7 +27,8 @@ _SYMBOLIC: dict[Any, Any] = {torch.ops.aten.constant_pad_nd.default: torch._refs
 
 def fake_mode(program: Program) -> FakeTensorMode:
     """The fake-tensor mode (with its symbolic shapes) that the graph was captured in."""
-    return next(n.meta["val"].fake_mode for n in program.nodes() if n.op == "placeholder")
+    values = (n.meta.get("val") for n in program.nodes())
+    return next(v.fake_mode for v in values if isinstance(v, FakeTensor))
 
 
 def infer_values(program: Program) -> None:
@@ -141,7 +142,11 @@ def relative_error(want: torch.Tensor, got: torch.Tensor) -> float:
 
 
 def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
-    """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values."""
+    """The example inputs resized along their dynamic dims to other sizes in range, by repeating or cutting values.
+
+    Floating-point state, which often starts as zeros, gets numbers from 0 to 1; counts and positions stay valid as
+    they are.
+    """
     sizes: dict[str, int] = {}
     example = program.example_dims()
     for name, dim in program.dims.items():
@@ -154,6 +159,10 @@ def second_shape(program: Program) -> tuple[torch.Tensor, ...]:
                 new = evaluate(size, sizes)
                 tensor = tensor.index_select(axis, torch.arange(new) % tensor.shape[axis])
         resized.append(tensor.contiguous())
+    generator = torch.Generator().manual_seed(0)
+    for i in range(program.arguments, len(resized)):
+        if resized[i].is_floating_point():
+            resized[i] = torch.rand(resized[i].shape, generator=generator).to(resized[i].dtype)
     return tuple(resized)
 
 

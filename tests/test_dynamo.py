@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import planish
 from planish import dynamo
-from planish.errors import InputError, ModelStateError, UnsupportedOpsError
+from planish.errors import CaptureError, InputError, ModelStateError, UnsupportedOpsError
 
 
 @pytest.fixture(autouse=True)
@@ -192,3 +192,96 @@ def test_an_input_that_requires_grad_runs_without_gradients() -> None:
     model, x = _mlp(), torch.randn(3, 16, requires_grad=True)
     with torch.no_grad():
         torch.testing.assert_close(_compiled(model)(x), model(x))
+
+
+# Models that write to their buffers ----------------------------------------------------------------------------------
+
+
+class Recorder(torch.nn.Module):
+    """Writes to a cache, counts, keeps the last row, and returns a buffer itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", torch.zeros(2, 8, 4))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("turned", torch.zeros(4, 3).t())
+        self.loose = torch.zeros(4)
+
+    def forward(self, x: torch.Tensor, at: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.cache.index_copy_(1, at, x)
+        self.count += 1
+        self.turned.add_(x[0])
+        self.loose.copy_(x[0, 0])
+        return self.cache.sum(1) + self.count, self.turned
+
+
+def test_buffers_are_written_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor of the module is the same object with eager's new value, and nothing is compiled again for it."""
+    model = Recorder().eval()
+    eager = copy.deepcopy(model)
+    before = {name: id(tensor) for name, tensor in model.named_buffers()}
+    compiles: list[Any] = []
+    compile_once = planish.api.compile
+    monkeypatch.setattr(dynamo.api, "compile", lambda *a, **k: compiles.append(a) or compile_once(*a, **k))
+    with torch.no_grad():
+        compiled = _compiled(model)
+        for step in range(4):
+            x, at = torch.randn(2, 1, 4), torch.tensor([step])
+            version = model.cache._version
+            got, want = compiled(x, at), eager(x, at)
+            torch.testing.assert_close(got, want)
+            assert model.cache._version > version, "whoever keeps the buffer's values must see that they changed"
+            if step == 2:
+                model.cache.zero_()
+                eager.cache.zero_()
+            for name, tensor in eager.named_buffers():
+                torch.testing.assert_close(model.get_buffer(name), tensor)
+            torch.testing.assert_close(model.loose, eager.loose)
+    assert {name: id(tensor) for name, tensor in model.named_buffers()} == before
+    assert got[1] is model.turned
+    assert len(compiles) == 1
+
+
+def test_an_input_may_be_a_buffer_that_is_written() -> None:
+    class Feedback(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("h", torch.ones(4, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.h.copy_(x.flip(0) * 2)
+            return self.h + 1
+
+    model = Feedback().eval()
+    model.h.copy_(torch.randn(4, 4))
+    eager = copy.deepcopy(model)
+    with torch.inference_mode():
+        compiled = _compiled(model)
+        for _ in range(3):
+            torch.testing.assert_close(compiled(model.h), eager(eager.h))
+            torch.testing.assert_close(model.h, eager.h)
+
+
+def test_a_later_graph_sees_what_an_earlier_one_wrote() -> None:
+    class Broken(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total.add_(x)
+            torch._dynamo.graph_break()
+            return self.total * 2
+
+    model = Broken().eval()
+    eager = copy.deepcopy(model)
+    with torch.no_grad():
+        compiled = _compiled(model)
+        for _ in range(3):
+            x = torch.randn(4)
+            torch.testing.assert_close(compiled(x), eager(x))
+
+
+def test_writing_to_an_input_is_refused() -> None:
+    with torch.no_grad(), pytest.raises(CaptureError, match="writes to its input"):
+        _compiled(lambda x: x.add_(1) * 2)(torch.zeros(4))

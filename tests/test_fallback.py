@@ -369,3 +369,26 @@ def test_random_numbers_are_refused_by_name() -> None:
     with pytest.raises(UnsupportedOpsError, match="random numbers") as caught:
         cut(body)
     assert [u.op for u in caught.value.ops] == ["aten.rand.default", "aten.rand.default", "prims.normal.default"]
+
+
+def test_a_state_is_updated_across_a_cut() -> None:
+    class Running(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.eye(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.total.copy_(torch.linalg.inv(self.total + x * x.mT + 2 * torch.eye(3)))
+            return self.total * 2
+
+    torch.manual_seed(0)
+    model, x = Running().eval(), torch.rand(3, 3)
+    native = planish.compile(model, (x,), fallback="eager")
+    state = native.new_state()
+    for _ in range(3):
+        with torch.no_grad():
+            want = model(x)
+        torch.testing.assert_close(native(x, state=state), want)
+        torch.testing.assert_close(state["total"], model.total)
+    assert "state total: computed apart, then copied" in native.report()
+    assert native.kernels((x,), 1)

@@ -74,3 +74,18 @@ def test_chains_of_views(drawn: tuple[tuple[int, ...], list[tuple[str, Any]]]) -
     for passes in ([], None):
         got = planish.compile(model, (x,), passes=passes, cache=False)(x)
         torch.testing.assert_close(got, model(x), rtol=2e-6, atol=1e-7)
+
+
+class Falling(torch.nn.Module):
+    """Rows that are gathered, laid end to end and read backwards by one op."""
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, rows).reshape(-1).flip(0) + 1
+
+
+def test_a_gathered_tensor_backwards() -> None:
+    """The index is divided by the row's length while it falls."""
+    for width in (4, 6, 32):
+        x, rows = torch.arange(3.0 * width).view(3, width), torch.tensor([2, 0, 1])
+        got = planish.compile(Falling().eval(), (x, rows))(x, rows)
+        assert torch.equal(got, Falling()(x, rows))

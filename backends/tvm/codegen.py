@@ -58,11 +58,12 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
     ``planish_main(input*, ..., output*, ..., weights, arena, table, dim, ..., first, last)`` runs the calls with
     ``first <= index < last``, up to the first that fails. ``table`` holds the byte offset in the arena of every arena
     buffer, in order of the plan; ``offsets`` the offset of every constant in the weights blob. The status word, the
-    arena's first, says what went wrong (TVM can return nothing but 0 from here).
+    arena's first, says what went wrong (TVM can return nothing but 0 from here). Inputs are the state's buffers too,
+    which the calls at the end update, or restore after a failure.
     """
     arena_slots = {b: slot for slot, b in enumerate(i for i, b in enumerate(plan.buffers) if b.kind == "arena")}
     with function(ENTRY) as f:
-        tensors = [i for i, b in enumerate(plan.buffers) if b.kind == "input"] + list(dict.fromkeys(outputs))
+        tensors = [i for i, b in enumerate(plan.buffers) if b.kind in ("input", "state")] + list(dict.fromkeys(outputs))
         types = ["uint8"] * (len(tensors) + 2) + ["int64"]
         (*tensor_pointers, weights, arena, table), (*dims, first, last) = f.parameters(types, len(program.dims) + 2)
         given = dict(zip(tensors, tensor_pointers, strict=True))
@@ -76,13 +77,23 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
                 return T.address_of(weights[tirx.const(offsets[buffer], "int64")])
             return T.address_of(arena[table[arena_slots[buffer]]])
 
-        code = T.alloc_buffer((1,), "int32")
+        code, written = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
         T.buffer_store(code, i32(0), [0])
+        undone = {call.undoes for call in plan.calls if call.undoes is not None}
+        if undone:
+            T.buffer_store(written, i32(-1), [0])
         for index, call in enumerate(plan.calls):
-            wanted = tirx.And(tirx.And(first <= i32(index), i32(index) < last), tirx.EQ(code[0], i32(0)))
+            wanted = tirx.And(first <= i32(index), i32(index) < last)
+            failed = tirx.NE(arena[0], tirx.const(0, "uint8"))
+            if call.undoes is not None:
+                wanted = tirx.And(wanted, tirx.And(failed, i32(call.undoes) <= written[0]))
+            else:
+                wanted = tirx.And(wanted, tirx.Not(failed) if call.commits else tirx.EQ(code[0], i32(0)))
             with T.If(wanted), T.Then():
                 pointers = [address(b) for b in call.operands]
                 T.buffer_store(code, T.call_extern("int32", call.kernel, *pointers, *dims), [0])
+                if index in undone:
+                    T.buffer_store(written, i32(index), [0])
                 with T.If(tirx.NE(code[0], i32(0))), T.Then():
                     T.buffer_store(arena, tirx.const(STATUS_FAILED, "uint8"), [0])
     assert f.func is not None

@@ -63,7 +63,7 @@ class TvmExecutable:
         self._dtypes = tuple(program.outputs[outputs.index(o)].dtype for o in self._output_buffers)
         self._lib = runtime.load_library(*[code for code, _ in objects])
         self._main: Any = getattr(self._lib, ENTRY)
-        inputs = len(program.inputs)
+        inputs = len(program.inputs)  # the state's buffers are the last of them
         pointers = inputs + len(self._output_buffers) + 3
         self._main.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int32] * (len(self._dims) + 2)
         self._main.restype = ctypes.c_int32
@@ -76,10 +76,13 @@ class TvmExecutable:
         """The plan of the one native function."""
         return (self.plan,)
 
-    def __call__(self, tensors: Sequence[torch.Tensor], dims: dict[str, int]) -> tuple[torch.Tensor, ...]:
+    def __call__(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
         """Fresh outputs for inputs of the right dtype and shape; copies inputs that are not contiguous or aligned."""
         layout = self._layout(dims)
-        ready = [_ready(t) for t in tensors]
+        held = [_ready(t) for t in state]
+        ready = [*(_ready(t) for t in tensors), *held]
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
         arena = self._lease(layout.arena_bytes)
         try:
@@ -87,6 +90,10 @@ class TvmExecutable:
         finally:
             if len(self._arenas) < _ARENAS:
                 self._arenas.append(arena)
+        with torch.inference_mode():
+            for buffer, value in zip(state, held, strict=True):
+                if value is not buffer:
+                    buffer.copy_(value)
         return tuple(outputs[i] for i in self._order)
 
     def _run(
@@ -144,7 +151,9 @@ class TvmExecutable:
             return aligned(nbytes)
         return arena if arena.numel() >= nbytes else aligned(nbytes)
 
-    def kernels(self, tensors: Sequence[torch.Tensor], dims: dict[str, int], repeats: int) -> list[KernelTime]:
+    def kernels(
+        self, tensors: Sequence[torch.Tensor], dims: dict[str, int], state: Sequence[torch.Tensor], repeats: int
+    ) -> list[KernelTime]:
         """Time of each kernel alone, on the values that the whole model left in the arena.
 
         It is the median of at least ``repeats`` calls less the median of calls that run no kernel: what the kernel
@@ -152,7 +161,7 @@ class TvmExecutable:
         least ``_ROUND_SECONDS`` each: a short kernel timed in one go shows what else the machine did just then.
         """
         layout = self._layout(dims)
-        ready = [_ready(t) for t in tensors]
+        ready = [*(_ready(t) for t in tensors), *state]
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
         arena = aligned(layout.arena_bytes)
         sizes = tuple(dims.values())
@@ -168,6 +177,8 @@ class TvmExecutable:
 
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for index, call in enumerate(self.plan.calls):
+            if call.undoes is not None:
+                continue
             shape = tuple(evaluate(s, dims) for s in call.shape)
             groups.setdefault((call.kernel, shape), []).append(index)
         empty: list[float] = []

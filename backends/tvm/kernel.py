@@ -78,7 +78,8 @@ class Module:
 class Lowered:
     """One kernel and what it is called with.
 
-    ``operands`` are graph nodes (their buffers), ``Packed`` weights, or a ``Scratch`` request, in parameter order.
+    ``operands`` are graph nodes (their buffers), ``Packed`` weights, a ``Scratch`` request or the index of a buffer of
+    the plan, in parameter order.
     """
 
     stem: str

@@ -16,6 +16,7 @@ from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear, row_stride
 from planish.backends.tvm.index import DTYPES, translatable
+from planish.backends.tvm.inplace import Write, find_write, lower_write
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
@@ -165,10 +166,15 @@ class Lowering:
 
     def lower(self) -> None:
         """Fill plan and module."""
-        outputs: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
-        for node in self.program.nodes():
-            if node.op == "placeholder" and isinstance(node.meta["val"], torch.Tensor):
-                self.place[node] = self.buffer(node, "input")
+        results: list[fx.Node] = list(next(n for n in self.program.nodes() if n.op == "output").args[0])  # pyright: ignore
+        placeholders = [n for n in self.program.nodes() if n.op == "placeholder"]
+        placeholders = [n for n in placeholders if isinstance(n.meta["val"], torch.Tensor)]
+        for i, node in enumerate(placeholders):
+            self.place[node] = self.buffer(node, "input" if i < self.program.arguments else "state")
+        held = placeholders[self.program.arguments :]
+        outputs, updated = results[: len(results) - len(held)], results[len(results) - len(held) :]
+        for old, new in zip(held, updated, strict=True):
+            self._find_writes(old, new)
         direct = self._direct_outputs(outputs)
         for node in self.program.nodes():
             if node.op in ("call_function", "call_module") and isinstance(node.meta["val"], torch.Tensor):
@@ -177,9 +183,15 @@ class Lowering:
             if self.plan.buffers[self._place(output)].kind != "output" or outputs.count(output) > 1:
                 self._copy_out(output)
         self.outputs = [self.result[o] if o in self.result else self._place(o) for o in outputs]
+        self._commit([(self.place[old], new) for old, new in zip(held, updated, strict=True)])
+        for index, (found, undo, outer, buffer) in reversed(self.undo.items()):
+            self._emit(found.region, undo, outer, buffer)
+            self.plan.calls[-1] = replace(self.plan.calls[-1], undoes=index)
 
     result: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
     outputs: list[int] = field(default_factory=list[int])
+    writes: dict[fx.Node, Write] = field(default_factory=dict[fx.Node, Write])
+    undo: dict[int, tuple[Write, Lowered, dict[fx.Node, fx.Node], int]] = field(default_factory=dict)  # pyright: ignore
 
     def _direct_outputs(self, outputs: list[fx.Node]) -> set[fx.Node]:
         """Nodes whose kernel writes straight into an output tensor."""
@@ -188,16 +200,68 @@ class Lowering:
 
     def _copy_out(self, output: fx.Node) -> None:
         """An output that is an input, a constant, a view or returned twice gets a tensor of its own."""
-        if output in self.result:
-            return
-        index = self.buffer(output, "output")
+        if output not in self.result:
+            self.result[output] = self.buffer(output, "output")
+            self._copy(output, self.result[output])
+
+    def _copy(self, node: fx.Node, index: int) -> None:
+        """Copy a value to another buffer."""
         copy = fx.Graph()
         source = copy.placeholder("source")
-        same = copy.call_function(aten._to_copy.default, (source,), {"dtype": output.meta["val"].dtype})
-        source.meta["val"] = same.meta["val"] = output.meta["val"]
-        region = Region(output.name, (same,), (source,))
-        self._emit(region, self._choose(region), {source: output}, index)
-        self.result[output] = index
+        same = copy.call_function(aten._to_copy.default, (source,), {"dtype": node.meta["val"].dtype})
+        source.meta["val"] = same.meta["val"] = node.meta["val"]
+        region = Region(node.name, (same,), (source,))
+        self._emit(region, self._choose(region), {source: node}, index)
+
+    def _find_writes(self, old: fx.Node, new: fx.Node) -> None:
+        """The writes that lead from a buffer's old value to its new one, if nothing else does."""
+        found: dict[fx.Node, Write] = {}
+        node = new
+        while node is not old:
+            if node.op not in ("call_function", "call_module"):
+                return
+            if node.target in ALIASES:
+                node = node.args[0]  # pyright: ignore
+                continue
+            region, outer = self._region(node)
+            write = find_write(self.program, region)
+            if write is None:
+                return
+            found[node], node = write, outer[write.base]  # pyright: ignore
+        self.writes |= found
+
+    def _write_in_place(self, node: fx.Node, found: Write, outer: dict[fx.Node, fx.Node]) -> bool:
+        """Write into the buffer of the state that holds the base, if nothing reads that value any more.
+
+        Kernels run in the order in which they are lowered, so a reader that has a place already has run by then.
+        """
+        buffer = self.place[outer[found.base]]
+        others = [outer[i] for i in found.region.inputs if i is not found.base]
+        readers = {user for holder, at in self.place.items() if at == buffer for user in holder.users} - {node}
+        shared = any(self.place.get(other) == buffer for other in others)
+        if self.plan.buffers[buffer].kind != "state" or shared or any(r not in self.place for r in readers):
+            return False
+        shape = found.shape(self.program)
+        log = Buffer(f"{node.name}_log", "arena", node.meta["val"].element_size(), shape)
+        self.plan.buffers.append(log)
+        write, undo = lower_write(self.module, self.program, found, len(self.plan.buffers) - 1)
+        self._emit(found.region, write, outer, buffer)
+        self.undo[len(self.plan.calls) - 1] = (found, undo, outer, buffer)
+        self.place[node] = buffer
+        return True
+
+    def _commit(self, updates: list[tuple[int, fx.Node]]) -> None:
+        """Copy the new values of a state, given as (buffer, value), once nothing reads the old ones any more."""
+        moved = [(buffer, new) for buffer, new in updates if self._place(new) != buffer]
+        copied = [(buffer, new) for buffer, new in moved if 0 not in self.program.shape(new)]
+        for _, new in copied:
+            if self.plan.buffers[self._place(new)].kind == "state":  # another buffer's old value
+                index = self.buffer(new, "arena")
+                self._copy(new, index)
+                self.place[new] = index
+        for buffer, new in copied:
+            self._copy(new, buffer)
+            self.plan.calls[-1] = replace(self.plan.calls[-1], commits=True)
 
     def _lower_node(self, node: fx.Node, direct: set[fx.Node]) -> None:
         if node.target in ALIASES and node.args[0] in self.place and self._is_plain(node.args[0]):
@@ -207,10 +271,12 @@ class Lowering:
             self.place[node] = self.buffer(node, "output" if node in direct else "arena")
             return
         region, outer = self._region(node)
+        if node in self.writes and self._write_in_place(node, self.writes[node], outer):
+            return
         self._lower_region(region, outer, node, direct)
 
     def _is_plain(self, node: Any) -> bool:
-        return self.plan.buffers[self.place[node]].kind in ("arena", "input")
+        return self.plan.buffers[self.place[node]].kind in ("arena", "input", "state")
 
     def _region(self, node: fx.Node) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """The region of a lone op or group, and which outer node each of its inputs is."""
@@ -331,6 +397,8 @@ class Lowering:
                 operands.append(len(self.plan.buffers) - 1)
             elif isinstance(operand, Status):
                 operands.append(STATUS)
+            elif isinstance(operand, int):
+                operands.append(operand)
             else:
                 operands.append(self._place(outer[operand]))
         name = self.module.kernel(lowered.stem, lowered.func)

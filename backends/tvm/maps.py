@@ -14,7 +14,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, as_int, equal, i32, lanes_at, lanes_of, simplify, splat
+from planish.backends.tvm.builder import Expr, as_int, equal, i32, keep, lanes_at, lanes_of, simplify, splat
 from planish.backends.tvm.index import (
     as_stored,
     as_value,
@@ -115,10 +115,11 @@ def _select(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
 
 
 def _flip(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
+    """The falling index is kept: TVM rewrites ``a * 4 + (3 - i) % 4`` to ``a * 4 + (0 - i) % 4``."""
     shape = ev.shape(node)
     axes = {d % len(shape) for d in node.args[1]} if shape else set()  # pyright: ignore
     return node.args[0], tuple(
-        _minus(s - 1, i) if axis in axes else i for axis, (s, i) in enumerate(zip(shape, index, strict=True))
+        keep(_minus(s - 1, i)) if axis in axes else i for axis, (s, i) in enumerate(zip(shape, index, strict=True))
     )
 
 

@@ -16,6 +16,7 @@ from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel,
 from planish.backends.tvm.rowwise import add, maximum, minimum, multiply
 from planish.backends.tvm.scalars import compute_dtype
 from planish.ops import argument, aten
+from planish.plan import Size
 from planish.program import Program
 
 Combine = Callable[[Expr, Expr], Expr]
@@ -32,28 +33,31 @@ def lower_scatter(module: Module, program: Program, region: Region, anchor: fx.N
     """
     with kernel(module, program, region) as (k, out, _):
         shape = k.ev.shape(anchor)
-        total = _count(shape)
+        total = count(shape)
         x = anchor.args[0]
         with rows_in_parallel(total) as at:
             value = k.ev.at(x, unflatten_index(shape, at) if shape else ())
             T.buffer_store(out, as_stored(value, anchor.meta["val"].dtype), [at])
-        writes, emit = _indexed(k, anchor) if anchor.target is aten.index_put.default else _along(k, anchor)
-        with T.serial(0, _count(writes)) as at:
+        writes = tuple(k.ev.size(s) for s in written_shape(program, anchor))
+        emit = emitter(k, anchor)
+        with T.serial(0, count(writes)) as at:
             place, value, combine = emit(unflatten_index(writes, at) if writes else ())
-            _write(anchor, out, T.bind(flat_index(shape, place) + i32(0)), value, combine)
+            write(anchor, out, T.bind(flat_index(shape, place) + i32(0)), value(), combine)
     assert k.function.func is not None
     elements = sympy.prod(program.shape(anchor))
     return Lowered("scatter", k.function.func, k.operands, "scatter", program.shape(anchor), elements)
 
 
-def _count(shape: tuple[Expr, ...]) -> Expr:
+def count(shape: tuple[Expr, ...]) -> Expr:
+    """The number of elements."""
     total: Expr = i32(1)
     for s in shape:
         total = total * s
     return T.bind(total)
 
 
-def _write(anchor: fx.Node, out: Any, at: Expr, value: Expr, combine: Combine | None) -> None:
+def write(anchor: fx.Node, out: Any, at: Expr, value: Expr, combine: Combine | None) -> None:
+    """Store a value, combined with what is there, at a position of the scatter's result."""
     result = anchor.meta["val"].dtype
     if combine is not None:
         dtype = compute_dtype(result)
@@ -61,10 +65,30 @@ def _write(anchor: fx.Node, out: Any, at: Expr, value: Expr, combine: Combine | 
     T.buffer_store(out, as_stored(value, result), [at])
 
 
-Emit = Callable[[tuple[Expr, ...]], tuple[tuple[Expr, ...], Expr, "Combine | None"]]
+Emit = Callable[[tuple[Expr, ...]], tuple[tuple[Expr, ...], Callable[[], Expr], "Combine | None"]]
+"""Index of a write to its place in the result, the code of its value, and how it is combined with what is there."""
 
 
-def _along(k: Kernel, anchor: fx.Node) -> tuple[tuple[Expr, ...], Emit]:
+def written_shape(program: Program, anchor: fx.Node) -> tuple[Size, ...]:
+    """How many values a scatter writes, as a shape."""
+    if anchor.target is not aten.index_put.default:
+        return program.shape(anchor.args[2])
+    first, grid, rest = _grid(program, anchor)
+    return (*rest[:first], *grid, *rest[first:])
+
+
+def emitter(k: Kernel, anchor: fx.Node) -> Emit:
+    """The writes of a scatter."""
+    return (_indexed if anchor.target is aten.index_put.default else _along)(k, anchor)
+
+
+def places(anchor: fx.Node) -> list[fx.Node]:
+    """The tensors that name the places of a scatter."""
+    named = anchor.args[1] if anchor.target is aten.index_put.default else [anchor.args[2]]
+    return [n for n in named if n is not None]  # pyright: ignore
+
+
+def _along(k: Kernel, anchor: fx.Node) -> Emit:
     """Writes of the scatter family: the index tensor names the place along one axis."""
     _, dim, ids, source = anchor.args[:4]
     assert isinstance(ids, fx.Node)
@@ -73,34 +97,40 @@ def _along(k: Kernel, anchor: fx.Node) -> tuple[tuple[Expr, ...], Emit]:
     if anchor.target is aten.scatter_reduce.two:
         combine = _REDUCE[anchor.args[4]]  # pyright: ignore
 
-    def emit(index: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr, Combine | None]:
-        value = k.ev.at(source, index)
+    def emit(index: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Callable[[], Expr], Combine | None]:
         if not rank:
-            return (), value, combine
+            return (), lambda: k.ev.at(source, index), combine
         axis = dim % rank  # pyright: ignore
         place = k.ev.checked(k.ev.at(ids, index), ids, sizes[axis])
-        return (*index[:axis], place, *index[axis + 1 :]), value, combine
+        return (*index[:axis], place, *index[axis + 1 :]), lambda: k.ev.at(source, index), combine
 
-    return k.ev.shape(ids), emit
+    return emit
 
 
-def _indexed(k: Kernel, anchor: fx.Node) -> tuple[tuple[Expr, ...], Emit]:
+def _grid(program: Program, anchor: fx.Node) -> tuple[int, list[Size], list[Size]]:
+    """Of ``index_put``: where the indexed axes stand in the writes, the broadcast index shape, and the other axes."""
+    tensors = anchor.args[1]
+    used = [i for i, t in enumerate(tensors) if t is not None]  # pyright: ignore
+    shapes = [program.shape(tensors[i]) for i in used]  # pyright: ignore
+    rank = max(map(len, shapes))
+    grid: list[Size] = []
+    for axis in range(rank):
+        own = [s[axis - rank + len(s)] for s in shapes if axis - rank + len(s) >= 0]
+        grid.append(next((s for s in own if s != 1), own[0]))
+    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
+    return first, grid, [s for axis, s in enumerate(program.shape(anchor)) if axis not in used]
+
+
+def _indexed(k: Kernel, anchor: fx.Node) -> Emit:
     """Writes of ``index_put``: one place per element of the broadcast index tensors and the axes that have none."""
     tensors, values = anchor.args[1:3]
     accumulate = argument(anchor, 3, "accumulate", False)
     sizes = k.ev.shape(anchor)
+    first, grid, _ = _grid(k.program, anchor)
+    rank = len(grid)
     used = [i for i, t in enumerate(tensors) if t is not None]  # pyright: ignore
-    shapes = [k.ev.shape(tensors[i]) for i in used]  # pyright: ignore
-    rank = max(map(len, shapes))
-    grid: list[Expr] = []
-    for axis in range(rank):
-        own = [s[axis - rank + len(s)] for s in shapes if axis - rank + len(s) >= 0]
-        grid.append(next((s for s in own if as_int(s) != 1), own[0]))
-    first = used[0] if used == list(range(used[0], used[-1] + 1)) else 0
-    rest = [s for axis, s in enumerate(sizes) if axis not in used]
-    writes = (*rest[:first], *grid, *rest[first:])
 
-    def emit(index: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Expr, Combine | None]:
+    def emit(index: tuple[Expr, ...]) -> tuple[tuple[Expr, ...], Callable[[], Expr], Combine | None]:
         inner, outer = index[first : first + rank], list(index[:first] + index[first + rank :])
         place: list[Expr] = []
         for axis, size in enumerate(sizes):
@@ -113,9 +143,9 @@ def _indexed(k: Kernel, anchor: fx.Node) -> tuple[tuple[Expr, ...], Emit]:
         shape = k.ev.shape(values)  # pyright: ignore
         tail = index[len(index) - len(shape) :]
         at = tuple(0 if as_int(s) == 1 else simplify(i) for s, i in zip(shape, tail, strict=True))
-        return tuple(place), k.ev.at(values, at), add if accumulate else None
+        return tuple(place), lambda: k.ev.at(values, at), add if accumulate else None
 
-    return writes, emit
+    return emit
 
 
 def scatter_reason(node: fx.Node) -> str | None:
