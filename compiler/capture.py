@@ -347,14 +347,9 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with (
-            torch.no_grad(),
-            # torch.export copies its own tree specs in a way that torch itself warns about
-            warnings.catch_warnings(action="ignore", category=FutureWarning),
-            mutation.assigned_attributes() as assigned,
-        ):
+        with torch.no_grad(), mutation.assigned_attributes() as assigned:
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,) if shapes else None, strict=False)
-            exported = exported.run_decompositions(decompose.table())
+            exported = _decomposed(exported)
     except CaptureError:
         raise
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice
@@ -367,9 +362,15 @@ def _export(
     return exported
 
 
+def _decomposed(exported: ExportedProgram) -> ExportedProgram:
+    # torch copies its own tree specs in a way that it warns about itself
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        return exported.run_decompositions(decompose.table())
+
+
 def _capture_exported(exported: ExportedProgram) -> tuple[Program, Signature]:
     """A program exported by the user; its dims carry the names that torch.export gave them."""
-    exported = exported.run_decompositions(decompose.table())
+    exported = _decomposed(exported)
     args, kwargs = exported.example_inputs or ((), {})
     names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind is InputKind.USER_INPUT]
     bound = {f"arg{i}": a for i, a in enumerate(args)} | dict(kwargs)

@@ -372,7 +372,7 @@ def test_random_numbers_are_refused_by_name() -> None:
 
 
 def test_a_state_is_updated_across_a_cut() -> None:
-    class Running(nn.Module):
+    class Running(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.register_buffer("total", torch.eye(3))
