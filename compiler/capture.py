@@ -343,7 +343,7 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), decompose.symbolic_steps():
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,), strict=False)
             return exported.run_decompositions(decompose.table())
     except Exception as error:  # torch.export raises many kinds; the user needs its text and our advice

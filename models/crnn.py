@@ -24,8 +24,8 @@ from planish.program import Dim
 ALPHABET = "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ €" + string.ascii_uppercase + string.ascii_lowercase
 """The characters of classes 1 to 96; class 0 is CTC's blank."""
 
-HEIGHT, WIDTH = 64, 320
-"""Of an image in pixels. The width is fixed: torch.export fixes the number of an LSTM's steps."""
+HEIGHT, WIDTH = 64, 512
+"""Of an image in pixels; the width is the largest that is taken."""
 
 
 class Recurrent(nn.Module):
@@ -91,15 +91,23 @@ class Words:
     texts: tuple[str, ...]
 
     def batches(self, n_docs: int = 100, batch: int = 20, max_len: int = WIDTH) -> list[Batch]:
-        """The first words as images [N, 1, 64, ``max_len``], white at their right; a wider one is cut."""
-        images = torch.stack([_render(text, max_len) for text in self.texts[:n_docs]])
-        return [{"image": part.contiguous()} for part in images.split(batch)]
+        """The first words as images [N, 1, 64, W], white at their right up to the width of the batch's widest.
+
+        One that is wider than ``max_len`` pixels is cut.
+        """
+        images = [_render(text)[..., :max_len] for text in self.texts[:n_docs]]
+        return [{"image": _padded(images[i : i + batch])} for i in range(0, len(images), batch)]
 
 
-def _render(text: str, width: int) -> Tensor:
-    """[1, 64, width] with -1 for black and 1 for white."""
-    image = Image.new("L", (width, HEIGHT), 255)
+def _padded(images: list[Tensor]) -> Tensor:
+    widest = max(image.shape[-1] for image in images)
+    return torch.stack([nn.functional.pad(image, (0, widest - image.shape[-1]), value=1.0) for image in images])
+
+
+def _render(text: str) -> Tensor:
+    """[1, 64, W] with -1 for black and 1 for white, and 12 pixels of white before and after the text."""
     font = ImageFont.load_default(size=44)
+    image = Image.new("L", (int(font.getlength(text)) + 24, HEIGHT), 255)
     ImageDraw.Draw(image).text((12, HEIGHT // 2), text, fill=0, font=font, anchor="lm")
     return torch.from_numpy(np.array(image, dtype=np.float32))[None] / 127.5 - 1
 
@@ -126,7 +134,7 @@ class TextMetric:
 
 
 def build(row: ModelRow) -> LoadedModel:
-    """Load the weights, and the first 100 words of the Lee background documents; batch may grow to 32.
+    """Load the weights, and 100 words of the Lee background documents; batch may grow to 32, the width to 512.
 
     Raises:
         MissingPackageError: a file of one of the row's packages is not there.
@@ -142,7 +150,7 @@ def build(row: ModelRow) -> LoadedModel:
         model=model.eval().requires_grad_(False),
         tokenizer=None,
         inputs=data.batches(2, 2)[0],
-        dynamic={"image": {0: Dim("batch", 1, 32)}},
+        dynamic={"image": {0: Dim("batch", 1, 32), 3: Dim("width", 16, WIDTH)}},
         data=data,
         metric=TextMetric(),
     )

@@ -30,9 +30,8 @@ def _outputs(loaded: models.LoadedModel, call: object, batches: list[dict[str, t
 
 @pytest.mark.needs_weights
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["efficientnet-lite0", "resnet50"])
-def test_classifiers_agree_on_all_images(name: str) -> None:
-    loaded = models.load(name)
+def test_efficientnet_agrees_on_all_images() -> None:
+    loaded = models.load("efficientnet-lite0")
     batches = loaded.data.batches(20, 8)
     eager, compiled = (_outputs(loaded, call, batches) for call in (loaded.model, _compiled(loaded)))
     found = loaded.metric.compare(eager, compiled, batches)
@@ -55,7 +54,8 @@ def test_crnn_reads_a_hundred_words_as_eager_does() -> None:
 
     loaded = models.load("crnn-en")
     assert len(set(loaded.data.texts)) == 100
-    batches = loaded.data.batches(100, 20)
+    batches = loaded.data.batches(100, 1)
+    assert len({batch["image"].shape[-1] for batch in batches}) > 50, "words of many widths, each at its own"
     eager, compiled = (_outputs(loaded, call, batches) for call in (loaded.model, _compiled(loaded)))
     read = [text for scores in compiled for text in decode(scores)]
     assert read == [text for scores in eager for text in decode(scores)]
@@ -66,11 +66,15 @@ def test_crnn_reads_a_hundred_words_as_eager_does() -> None:
 @pytest.mark.needs_weights
 def test_crnn_images_are_padded_with_white_and_are_the_same_in_every_batch() -> None:
     data = models.load("crnn-en").data
-    one, two = data.batches(5, 2), data.batches(5, 5)
-    assert [tuple(b["image"].shape) for b in one] == [(2, 1, 64, 320), (2, 1, 64, 320), (1, 1, 64, 320)]
-    assert torch.equal(torch.cat([b["image"] for b in one]), two[0]["image"])
-    assert two[0]["image"].amin() == -1.0
-    assert bool((two[0]["image"][..., -10:] == 1.0).all())
+    one, all_at_once = data.batches(5, 1), data.batches(5, 5)[0]["image"]
+    widths = [batch["image"].shape[-1] for batch in one]
+    assert len(set(widths)) > 1
+    assert tuple(all_at_once.shape) == (5, 1, 64, max(widths))
+    for batch, padded, width in zip(one, all_at_once, widths, strict=True):
+        assert torch.equal(batch["image"][0], padded[..., :width])
+        assert bool((padded[..., width:] == 1.0).all())
+        assert float(padded.amin()) == -1.0
+    assert data.batches(1, 1, 40)[0]["image"].shape[-1] == 40
 
 
 def test_greedy_ctc_merges_repeats_and_drops_blanks() -> None:
