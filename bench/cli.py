@@ -53,11 +53,27 @@ def cnn(
     rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over all images")] = 11,
 ) -> None:
     """EfficientNet-lite0 and ResNet-50 on ImageNet images, at batch 1 and 8."""
-    _measure("planish.bench.cnn", json, threads, rounds)
+    _measure("planish.bench.suite", json, threads, rounds, suite="cnn")
 
 
-def _measure(module: str, json: Path | None, threads: int | None, rounds: int) -> None:
-    """Run the benchmark in ``module``, write its figures and show them."""
+@app.command()
+def families_real(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over all documents")] = 11,
+    only: Annotated[str | None, typer.Option("--only", metavar="NAMES", help="models, separated by commas")] = None,
+) -> None:
+    """Transformers at real shapes (ViT, Swin, ConvNeXt, MobileNet, BERT, GPT-2, Llama), at batch 1 and 8."""
+    _measure("planish.bench.suite", json, threads, rounds, suite="families-real", only=_names(only))
+
+
+def _names(only: str | None) -> tuple[str, ...]:
+    """The names of an ``--only`` option; none without one."""
+    return tuple(name.strip() for name in only.split(",")) if only is not None else ()
+
+
+def _measure(module: str, json: Path | None, threads: int | None, rounds: int, **own: Any) -> None:
+    """Run the benchmark in ``module`` with its ``own`` options, write its figures and show them."""
     count = threads if threads is not None else len(os.sched_getaffinity(0))
     os.environ["OMP_NUM_THREADS"] = str(count)  # read once, when the OpenMP runtime is loaded with torch
     from rich.console import Console
@@ -67,7 +83,7 @@ def _measure(module: str, json: Path | None, threads: int | None, rounds: int) -
 
     bench: Any = import_module(module)
     progress = Console(stderr=True, highlight=False)
-    options = bench.Options(count, rounds)
+    options = bench.Options(threads=count, rounds=rounds, **own)
     result = bench.run(options, planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
     if json is not None:
         result.write(json)
@@ -88,7 +104,7 @@ def families(
     from planish.bench.report import show_families
     from planish.models.families import FAMILIES, family
 
-    names = [family(name.strip()).name for name in only.split(",")] if only is not None else list(FAMILIES)
+    names = [family(name).name for name in _names(only)] or list(FAMILIES)
     progress = Console(stderr=True, highlight=False)
 
     def done(row: FamilyRow) -> None:

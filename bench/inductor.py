@@ -37,6 +37,7 @@ def build(model: torch.nn.Module, batches: Sequence[Batch]) -> Inductor | str:
     cxx = os.environ.get("CXX", "g++")
     if shutil.which(cxx) is None:
         return f"no C++ compiler: {cxx!r} is not on PATH (run `make deps` as root, or install g++)"
+    torch.compiler.reset()  # code that was compiled for too many models already would run in eager
     torch_compile = cast("Callable[..., Callable[..., Any]]", torch.compile)  # pyright: ignore[reportUnknownMemberType]
     modes = {
         "default": torch_compile(model, dynamic=True),

@@ -26,7 +26,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     for absent in result["absent"]:
         console.print(Text(f"no {absent['name']} row: {absent['reason']}"))
     console.print(_kernels(result["kernels"]))
-    for line in {"encoder": _figures, "cnn": _cnn_figures}[result["bench"]](result):
+    figures = _figures if result["bench"] == "encoder" else _suite_figures
+    for line in figures(result):
         console.print(Text(line))
 
 
@@ -143,13 +144,14 @@ def _figures(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _cnn_figures(result: dict[str, Any]) -> list[str]:
+def _suite_figures(result: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     for name, times in result["compile"].items():
-        scores = result["accuracy"][name]
+        found = result["accuracy"][name]
+        distance = ", ".join(f"{label} {found[key]:{form}}" for key, (label, form) in _QUALITY.items() if key in found)
         lines.append(
             f"{name}: compile {times['compile_s']:.1f} s with export, again {times['second_compile_s']:.2f} s; "
-            f"on 20 images {scores['top1_equal']:.0%} equal top-1, scores within {scores['max_rel']:.1e}"
+            f"against eager on {result['compared']}: {distance}"
         )
     for label, found in result["inductor"].items():
         if found:

@@ -347,7 +347,7 @@ def _export(
         for n, t in zip(names, tensors, strict=True)
     )
     try:
-        with torch.no_grad(), mutation.assigned_attributes() as assigned:
+        with torch.no_grad(), decompose.symbolic_steps(), mutation.assigned_attributes() as assigned:
             exported = torch.export.export(module, tensors, dynamic_shapes=(shapes,) if shapes else None, strict=False)
             exported = _decomposed(exported)
     except CaptureError:

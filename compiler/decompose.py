@@ -7,7 +7,9 @@ tensors, fixes a layout or scatters one computation over many ops.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -52,6 +54,48 @@ def _of_reals(ours: Decomposition) -> Decomposition:
         return NotImplemented if any(t.is_complex() for t in tensors) else ours(*args, **kwargs)
 
     return decompose
+
+
+@contextmanager
+def symbolic_steps() -> Generator[None]:
+    """While active, torch.export traces LSTMs and GRUs by our decompositions, so that their number of steps can vary.
+
+    PyTorch's own unroll the steps while they are traced, which fixes their number, although the op then stays whole.
+
+    before: ``CaptureError``: the code specialized "seq" to be a constant.
+    after: ``planish::lstm_layer`` or ``planish::gru_layer`` over as many steps as the input has.
+    """
+    with _tracing:
+        theirs = {op: op.py_kernels[_TRACED] for op in (aten.lstm.input, aten.gru.input)}
+        try:
+            for op, unrolled in theirs.items():
+                _trace_by(op, _or_else(OURS[op], unrolled))
+            yield
+        finally:
+            for op, unrolled in theirs.items():
+                _trace_by(op, unrolled)
+
+
+_TRACED = torch._C.DispatchKey.CompositeImplicitAutograd
+_tracing = RLock()
+"""The tracing rules of torch are one for the process."""
+
+
+def _trace_by(op: Any, rule: Decomposition) -> None:
+    """Make ``rule`` the op's in both tables that tracing reads; the second is the one in inference mode."""
+    del op.py_kernels[_TRACED]
+    op.py_impl(_TRACED)(rule)
+    torch._decomp.global_decomposition_table["post_autograd"][op] = rule
+
+
+def _or_else(ours: Decomposition, theirs: Decomposition) -> Decomposition:
+    """Ours where it applies."""
+
+    def rule(*args: Any) -> Any:
+        found = ours(*args)
+        return theirs(*args) if found is NotImplemented else found
+
+    return rule
 
 
 def _last(dim: int, rank: int) -> bool:

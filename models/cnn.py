@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from planish.models.base import LoadedModel
 from planish.models.images import LogitsMetric, load_images
 from planish.models.registry import ModelRow
+from planish.models.seeded import randomize
 from planish.program import Dim
 
 
@@ -59,18 +60,9 @@ def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> tuple[nn.M
 
 
 def resnet50(seed: int = 0) -> ResNet:
-    """ResNet-50 in eval mode with random weights and batch-norm statistics that keep activations of order one."""
-    generator = torch.Generator().manual_seed(seed)
+    """ResNet-50 in eval mode with random weights."""
     model = ResNet().eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            fan_in = module.weight[0].numel()
-            module.weight.normal_(0.0, (2 / fan_in) ** 0.5, generator=generator)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.weight.uniform_(0.5, 1.0, generator=generator)
-            module.bias.normal_(0.0, 0.1, generator=generator)
-            module.running_mean.normal_(0.0, 0.1, generator=generator)  # pyright: ignore
-            module.running_var.uniform_(0.8, 1.2, generator=generator)  # pyright: ignore
+    randomize(model, seed)
     return model
 
 

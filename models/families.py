@@ -6,16 +6,16 @@ this module loads torch, but not transformers, which is imported when a model is
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from planish.errors import MissingPackageError, UnknownNameError
 from planish.models.base import Batch
+from planish.models.seeded import configuration, transformer
 from planish.program import Dim
 
 VOCABULARY = 128
@@ -281,31 +281,20 @@ def build(name: str) -> torch.nn.Module:
     row = family(name)
     if find_spec("transformers") is None:
         raise MissingPackageError(f"family {name!r} needs transformers", fix='pip install "planish[models]"')
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported: nothing is downloaded
-    import transformers
-
-    auto: Any = getattr(transformers, row.auto or KINDS[row.kind].auto)
-    config = _config(row)
-    with torch.random.fork_rng(devices=()):  # pyright: ignore[reportUnknownMemberType]
-        torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
-        model = cast("torch.nn.Module", auto.from_config(config))
-    return model.eval().requires_grad_(False)
-
-
-def _config(row: Family) -> Any:
-    """The transformers configuration of a family; one made of a text and a vision part gets both made small."""
-    from transformers import AutoConfig
-
-    make = cast("Callable[..., Any]", AutoConfig.for_model)  # pyright: ignore[reportUnknownMemberType]
     model_type = row.model_type or row.name
-    default = make(model_type)
+    return transformer(row.auto or KINDS[row.kind].auto, model_type, {**_small(row, model_type), **row.config})
+
+
+def _small(row: Family, model_type: str) -> dict[str, Any]:
+    """The fields that make a configuration small; one made of a text and a vision part gets both made small."""
+    default = configuration(model_type)
     parts = {name: getattr(default, name) for name in ("text_config", "vision_config") if hasattr(default, name)}
     small = {name: {**part.to_dict(), **_sizes(part.to_dict())} for name, part in parts.items()}
     if not small:
         small = _sizes(default.to_dict())
     if row.own_sizes:
         small = {name: value for name, value in small.items() if name == "image_size"}
-    return make(model_type, **{**small, **row.config})
+    return small
 
 
 def _sizes(known: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,9 +322,14 @@ def inputs(name: str, batch: int, seq: int, seed: int = 0) -> Batch:
         Argument name to tensor: token ids and masks int64, images, sound and spectrograms float32.
     """
     sizes = {"batch": batch, "seq": seq, "target": seq - 2, "frames": 4 * seq, "samples": 320 * seq + 400}
+    return fill(family(name).arguments(), sizes, seed)
+
+
+def fill(arguments: Iterable[Input], sizes: Mapping[str, int], seed: int) -> Batch:
+    """Seeded values for arguments whose named sizes are ``sizes``."""
     generator = torch.Generator().manual_seed(seed)
     made: Batch = {}
-    for argument in family(name).arguments():
+    for argument in arguments:
         shape = tuple(sizes[size] if isinstance(size, str) else size for size in argument.shape)
         made[argument.name] = argument.fill(shape, generator)
     return made
@@ -343,11 +337,15 @@ def inputs(name: str, batch: int, seq: int, seed: int = 0) -> Batch:
 
 def dynamic(name: str, *, sequences: bool = True) -> dict[str, dict[int, Dim]]:
     """Which axes vary, for ``planish.compile(..., dynamic=...)``: the batch and, with ``sequences``, every length."""
+    dims = DIMS if sequences else {"batch": DIMS["batch"]}
+    return axes(family(name).arguments(), dims)
+
+
+def axes(arguments: Iterable[Input], dims: Mapping[str, Dim]) -> dict[str, dict[int, Dim]]:
+    """Argument name to the axes whose size is a key of ``dims``."""
     return {
         argument.name: {
-            axis: DIMS[size]
-            for axis, size in enumerate(argument.shape)
-            if isinstance(size, str) and (sequences or size == "batch")
+            axis: dims[size] for axis, size in enumerate(argument.shape) if isinstance(size, str) and size in dims
         }
-        for argument in family(name).arguments()
+        for argument in arguments
     }

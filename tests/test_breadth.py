@@ -10,7 +10,7 @@ from families import Bundle
 from torch.utils import _pytree as pytree
 
 import planish
-from planish import verify
+from planish import decompose, verify
 
 
 @cache
@@ -108,3 +108,50 @@ def test_a_complex_op_without_kernel_is_named() -> None:
 
     with pytest.raises(planish.errors.UnsupportedOpsError, match="_fft_r2c"):
         planish.compile(Spectrum().eval(), (torch.randn(2, 8),))
+
+
+class Recurrent(torch.nn.Module):
+    """A recurrent layer over [batch, steps, 8], and its last states."""
+
+    def __init__(self, layer: torch.nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_the_steps_of_a_recurrent_layer_may_vary(kind: type[torch.nn.RNNBase], inference: bool) -> None:
+    """Traced in inference mode too, where torch looks its rules up elsewhere."""
+    torch.manual_seed(0)
+    model = Recurrent(kind(8, 16, bidirectional=True, batch_first=True)).eval().requires_grad_(False)
+    dims = {0: planish.Dim("batch", 1, 8), 1: planish.Dim("steps", 1, 40)}
+    with torch.inference_mode(inference):
+        compiled = planish.compile(model, {"x": torch.randn(3, 7, 8)}, dynamic={"x": dims})
+    for batch, steps in ((3, 7), (1, 1), (5, 33)):
+        x = torch.randn(batch, steps, 8)
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_tracing_elsewhere_keeps_torchs_own_rules() -> None:
+    """Also after a capture that failed."""
+    key, op = torch._C.DispatchKey.CompositeImplicitAutograd, torch.ops.aten.lstm.input
+    table = torch._decomp.global_decomposition_table["post_autograd"]
+    own = op.py_kernels[key], table[op]
+    with decompose.symbolic_steps():
+        assert op.py_kernels[key] is table[op] is not own[0]
+    assert (op.py_kernels[key], table[op]) == own
+    with pytest.raises(ZeroDivisionError), decompose.symbolic_steps():
+        raise ZeroDivisionError
+    assert (op.py_kernels[key], table[op]) == own
+
+
+def test_a_projected_lstm_is_traced_by_torchs_rule() -> None:
+    torch.manual_seed(0)
+    model = Recurrent(torch.nn.LSTM(8, 6, proj_size=3)).eval().requires_grad_(False)
+    x = torch.randn(4, 2, 8)
+    with torch.no_grad(), decompose.symbolic_steps():
+        exported = torch.export.export(model, (x,))
+    torch.testing.assert_close(exported.module()(x), model(x))

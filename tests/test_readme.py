@@ -31,9 +31,19 @@ def _passes() -> str:
     return _markdown(["pass", "needs", "makes", "tolerance", "what it does"], rows)
 
 
-@pytest.mark.parametrize("name", ["targets", "passes"])
+def _models() -> str:
+    from planish.models import MODELS
+
+    rows = [[f"`{m.name}`", f"`planish[{m.extra}]`", m.doc] for m in MODELS.values()]
+    return _markdown(["model", "install", "what it is"], rows)
+
+
+TABLES = {"targets": _targets, "passes": _passes, "models": _models}
+
+
+@pytest.mark.parametrize("name", TABLES)
 def test_tables_equal_the_registries(name: str, update_golden: bool) -> None:
-    table = {"targets": _targets, "passes": _passes}[name]()
+    table = TABLES[name]()
     wanted = f"<!-- {name} -->\n{table}\n<!-- /{name} -->"
     text = README.read_text()
     pattern = re.compile(rf"<!-- {name} -->\n.*?<!-- /{name} -->", re.DOTALL)
