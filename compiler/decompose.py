@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from planish.ops import COPIES, IR, RESHAPES, aten
+from planish.tail import TAIL
 
 Decomposition = Callable[..., Any]
 
@@ -23,9 +24,10 @@ def table() -> dict[Any, Decomposition]:
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
-    entries |= OURS
+    ours = OURS | TAIL
+    entries |= ours
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | RESHAPES | COPIES
+    whole = IR - ours.keys() | RESHAPES | COPIES
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 
@@ -41,6 +43,22 @@ def _from_libraries() -> dict[Any, Decomposition]:
 
 def _to_end(x: Tensor, dim: int) -> Tensor:
     return x if _last(dim, x.dim()) else x.transpose(dim, -1)
+
+
+def _softmax(op: Any) -> Decomposition:
+    """A softmax of fp64, which has no kernel, is spelled out; others are rows."""
+    rows = _on_last_axis(op)
+
+    def decompose(x: Tensor, dim: int, *args: Any, dtype: torch.dtype | None = None) -> Any:
+        result = next((a for a in (dtype, *args) if isinstance(a, torch.dtype)), x.dtype)
+        if result is not torch.float64:
+            return rows(x, dim, *args, **({} if dtype is None else {"dtype": dtype}))
+        x = x.double()
+        x = x - x.amax(dim, keepdim=True)
+        total = x.exp().sum(dim, keepdim=True)
+        return x - total.log() if "log" in str(op) else x.exp() / total
+
+    return decompose
 
 
 def _on_last_axis(op: Any) -> Decomposition:
@@ -70,8 +88,8 @@ def _merge_axes(x: Tensor, dims: list[int]) -> Tensor:
     return moved.reshape([*(x.shape[d] for d in rest), size])
 
 
-def _reduction(op: Any, *, list_dim: bool = True) -> Decomposition:
-    """A reduction over any axes becomes one over the last axis.
+def _reduction(op: Any, *, list_dim: bool = True, kept: bool = True) -> Decomposition:
+    """A reduction over any axes becomes ``op`` over the last axis, which is left whole where it is ``kept``.
 
     before: ``mean(x, [2, 3], keepdim=True)`` of a rank-4 tensor
     after:  ``reshape(mean(reshape(x, [n, c, h*w]), [-1]), [n, c, 1, 1])``
@@ -80,7 +98,7 @@ def _reduction(op: Any, *, list_dim: bool = True) -> Decomposition:
     def decompose(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
         listed = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
         dims = sorted(d % x.dim() for d in listed) if listed and x.dim() else list(range(x.dim()))
-        if x.dim() and listed and dims == [x.dim() - 1] and not keepdim and dtype is None:
+        if kept and x.dim() and listed and dims == [x.dim() - 1] and not keepdim and dtype is None:
             return NotImplemented
         if dtype is not None:
             x = x.to(dtype)
@@ -429,21 +447,22 @@ OURS: dict[Any, Decomposition] = {
     aten.empty.memory_format: _empty,
     aten.empty_like.default: _empty_like,
     aten.new_empty.default: _new_empty,
-    aten.softmax.int: _on_last_axis(aten.softmax.int),
-    aten.log_softmax.int: _on_last_axis(aten.log_softmax.int),
-    aten._softmax.default: _on_last_axis(aten._softmax.default),
-    aten._log_softmax.default: _on_last_axis(aten._log_softmax.default),
+    aten.softmax.int: _softmax(aten.softmax.int),
+    aten.log_softmax.int: _softmax(aten.log_softmax.int),
+    aten._softmax.default: _softmax(aten._softmax.default),
+    aten._log_softmax.default: _softmax(aten._log_softmax.default),
     aten.cumsum.default: _on_last_axis(aten.cumsum.default),
     aten.cumprod.default: _on_last_axis(aten.cumprod.default),
+    aten.logcumsumexp.default: _on_last_axis(aten.logcumsumexp.default),
     aten.sum.dim_IntList: _reduction(aten.sum.dim_IntList),
     aten.mean.dim: _reduction(aten.mean.dim),
     aten.amax.default: _reduction(aten.amax.default),
     aten.amin.default: _reduction(aten.amin.default),
     aten.prod.dim_int: _reduction(aten.prod.dim_int, list_dim=False),
     aten.any.dim: _reduction(aten.any.dim, list_dim=False),
-    aten.any.dims: _reduction(aten.any.dim, list_dim=False),
+    aten.any.dims: _reduction(aten.any.dim, list_dim=False, kept=False),
     aten.all.dim: _reduction(aten.all.dim, list_dim=False),
-    aten.all.dims: _reduction(aten.all.dim, list_dim=False),
+    aten.all.dims: _reduction(aten.all.dim, list_dim=False, kept=False),
     aten.argmax.default: _reduction(aten.argmax.default, list_dim=False),
     aten.argmin.default: _reduction(aten.argmin.default, list_dim=False),
     aten.sum.default: _whole(aten.sum.dim_IntList),

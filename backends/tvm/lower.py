@@ -20,7 +20,7 @@ from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
-from planish.backends.tvm.reduction import lower_reduction, lower_scan, reduction_reason
+from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
@@ -37,6 +37,7 @@ from planish.ops import (
     RECURRENCES,
     REDUCTIONS,
     ROWS,
+    RUNNING,
     SCANS,
     SCATTERS,
     SORTS,
@@ -70,17 +71,26 @@ def _reason(program: Program, node: fx.Node) -> str | None:
     if isinstance(value, (tuple, list)):
         return "it has several results"
     if not isinstance(value, torch.Tensor):
-        return None if translatable(program.size(value)) else f"the size {program.size(value)} has no integer form"
+        return _size_reason(program, program.size(value))
     if value.dtype not in DTYPES:
         return f"the dtype {value.dtype} has no kernels yet"
-    if not all(translatable(s) for s in program.shape(value)):
-        return "its shape has no integer form"
+    if reason := next(filter(None, (_size_reason(program, s) for s in program.shape(value))), None):
+        return reason
     elements = program.upper_bound(sympy.prod(program.shape(value)))
     if elements >= 1 << 31:
         return f"it may have {elements:,} elements, and kernels index with 32 bits: lower the dims' upper bounds"
     if node.op != "call_function":
         return None
     return _op_reason(node)
+
+
+def _size_reason(program: Program, size: int | sympy.Expr) -> str | None:
+    """Why a size cannot be computed when a kernel runs, or None."""
+    if not translatable(size):
+        return f"the size {size} has no integer form"
+    if isinstance(size, sympy.Expr) and not {str(s) for s in size.free_symbols} <= program.dims.keys():
+        return "its size depends on the values of a tensor"
+    return None
 
 
 def _op_reason(node: fx.Node) -> str | None:
@@ -102,6 +112,7 @@ def _op_reason(node: fx.Node) -> str | None:
         (SCATTERS, scatter_reason),
         (RECURRENCES, recurrent_reason),
         ({MATMUL, GROUPED}, _float_reason),
+        (RUNNING, lambda node: None),
     )
     for targets, reason in tables:
         if target in targets:
@@ -338,7 +349,7 @@ class Lowering:
         return self.packed[key]
 
 
-_WHOLE = ((SCANS, lower_scan), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
+_WHOLE = ((SCANS, lower_scan), (RUNNING, lower_running), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
 """Ops with kernels that work element by element."""
 
 STATUS = -1

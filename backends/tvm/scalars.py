@@ -12,6 +12,7 @@ import torch
 from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
+from tvm_ffi import structural_equal
 
 from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, dtype_of, i32, keep, lanes_at, lanes_of, splat
@@ -214,18 +215,29 @@ def _pair(function: Callable[[Expr, Expr], Expr]) -> Scalar:
 def _reversed_sub(node: fx.Node, operand: Operand) -> Expr:
     dtype = _result(node)
     a, b = _operands(node, operand, dtype, 2)
-    return b - _scaled(a, argument(node, 2, "alpha", 1), operand, dtype)
+    return _sub(b, _scaled(a, argument(node, 2, "alpha", 1), operand, dtype))
 
 
 def _compare(function: Callable[[Expr, Expr], Expr]) -> Scalar:
-    return lambda node, operand: function(*_operands(node, operand, _common(node), 2))
+    """A comparison; one of floats is kept from TVM, which takes not (a < b) for b <= a, also of a NaN."""
+
+    def run(node: fx.Node, operand: Operand) -> Expr:
+        a, b = _operands(node, operand, _common(node), 2)
+        return keep(function(a, b)) if "float" in dtype_of(a) else function(a, b)
+
+    return run
+
+
+def _same_float(a: Expr, b: Expr) -> bool:
+    """Whether TVM would take the values for equal, though they may be NaN or infinite."""
+    return "float" in dtype_of(a) and structural_equal(a, b)
 
 
 def _reflexive(function: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
     """A comparison that holds for equal values; TVM takes a value to equal itself, which a NaN does not."""
 
     def run(a: Expr, b: Expr) -> Expr:
-        return tirx.Not(T.isnan(a)) if a is b and "float" in dtype_of(a) else function(a, b)
+        return tirx.Not(T.isnan(a)) if _same_float(a, b) else function(a, b)
 
     return run
 
@@ -410,17 +422,22 @@ def _add(a: Expr, b: Expr) -> Expr:
 
 
 def _sub(a: Expr, b: Expr) -> Expr:
-    return a - b
+    return a - (keep(b) if _same_float(a, b) else b)  # TVM takes x - x for 0
 
 
 def _mul(a: Expr, b: Expr) -> Expr:
-    return a * b
+    return _not_folded(a) * _not_folded(b)
 
 
 def divide(a: Expr, b: Expr) -> Expr:
-    """a / b of floating-point values; TVM refuses to fold a division by the constant 0, so that one is kept from it."""
-    number = b.value if isinstance(b, tirx.Broadcast) else b
-    return a / (keep(b) if isinstance(number, tirx.FloatImm) and not number.value else b)
+    """a / b of floating-point values."""
+    return _not_folded(a) / _not_folded(b)
+
+
+def _not_folded(value: Expr) -> Expr:
+    """A constant 0 is kept from TVM, which refuses x / 0.0 and takes 0.0 * x and 0.0 / x for 0, also of a NaN."""
+    number = value.value if isinstance(value, tirx.Broadcast) else value
+    return keep(value) if isinstance(number, tirx.FloatImm) and not number.value else value
 
 
 _AND = _bitwise(lambda a, b: tirx.And(a, b), lambda a, b: a & b)
