@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.adaptive import ADAPTIVE
 from planish.ops import COPIES, IR, RESHAPES, aten
 from planish.tail import TAIL
 
@@ -24,7 +25,7 @@ def table() -> dict[Any, Decomposition]:
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
-    ours = OURS | TAIL
+    ours = OURS | TAIL | ADAPTIVE
     entries |= ours
     entries |= _from_libraries()
     whole = IR - ours.keys() | RESHAPES | COPIES
@@ -414,35 +415,8 @@ def _histogram(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> An
     return torch.zeros([bins], dtype=x.dtype).scatter_add(0, torch.where(inside, place, 0), ones)
 
 
-def _adaptive_average(x: Tensor, size: list[int]) -> Tensor:
-    """One axis after another: a mean where the windows are equal, else a product with the matrix of their weights.
-
-    Window i of n over an axis of length s goes from floor(i s / n) to ceil((i + 1) s / n).
-    """
-    if all(wanted == 1 for wanted in size):
-        return x.mean(list(range(x.dim() - len(size), x.dim())), keepdim=True)
-    for at, wanted in enumerate(size):
-        axis = x.dim() - len(size) + at
-        length = x.shape[axis]
-        wanted = length if wanted is None else wanted
-        if isinstance(length, int) and length % wanted == 0:
-            split = x.reshape([*x.shape[:axis], wanted, length // wanted, *x.shape[axis + 1 :]])
-            x = split.mean(axis + 1)
-            continue
-        window, place = torch.arange(wanted)[:, None], torch.arange(length)[None]
-        first, end = window * length // wanted, -(-(window + 1) * length // wanted)
-        weights = ((place >= first) & (place < end)).to(x.dtype) / (end - first).to(x.dtype)
-        x = torch.ops.aten.linear(x.transpose(axis, -1), weights).transpose(axis, -1)
-    return x
-
-
 OURS: dict[Any, Decomposition] = {
     aten.histc.default: _histogram,
-    aten.adaptive_avg_pool1d.default: _adaptive_average,
-    aten.adaptive_avg_pool2d.default: _adaptive_average,
-    aten._adaptive_avg_pool2d.default: _adaptive_average,
-    aten.adaptive_avg_pool3d.default: _adaptive_average,
-    aten._adaptive_avg_pool3d.default: _adaptive_average,
     aten.copy.default: _copy,
     aten.empty.memory_format: _empty,
     aten.empty_like.default: _empty_like,

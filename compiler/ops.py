@@ -212,6 +212,8 @@ ELEMENTWISE = frozenset(
         aten.expm1.default,
         aten.exp2.default,
         aten.erfc.default,
+        aten.lgamma.default,
+        aten.nextafter.default,
         aten.sin.default,
         aten.cos.default,
         aten.tan.default,

@@ -349,7 +349,13 @@ class Lowering:
         return self.packed[key]
 
 
-_WHOLE = ((SCANS, lower_scan), (RUNNING, lower_running), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
+_WHOLE = (
+    (SCANS, lower_scan),
+    (RUNNING, lower_running),
+    (SORTS, lower_sort),
+    (SCATTERS, lower_scatter),
+    (RECURRENCES, lower_recurrent),
+)
 """Ops with kernels that work element by element."""
 
 STATUS = -1

@@ -61,7 +61,6 @@ POSITIONS: dict[Any, bool] = {aten.argmax.default: True, aten.argmin.default: Fa
 """Reductions to the position of the extremum: whether it is the largest."""
 
 
-
 def _log_add_exp(a: Expr, b: Expr) -> Expr:
     """log(exp(a) + exp(b)) without overflow; equal infinities stay."""
     high, low = keep(maximum(a, b)), keep(minimum(a, b))

@@ -495,6 +495,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
     aten.expm1.default: _library("expm1"),
     aten.exp2.default: _library("exp2"),
     aten.erfc.default: _library("erfc"),
+    aten.lgamma.default: _library("lgamma"),
+    aten.nextafter.default: _pair(lambda a, b: libm("nextafter", a, b)),
     aten.sin.default: _library("sin"),
     aten.cos.default: _library("cos"),
     aten.tan.default: _library("tan"),
@@ -559,6 +561,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
 
 def elementwise_reason(node: fx.Node) -> str | None:
     """Why an elementwise op has no expression for its operands, or None."""
+    if node.target is aten.nextafter.default and node.meta["val"].dtype not in (torch.float32, torch.float64):
+        return "the next number is native for float32 and float64 only"
     integers = not node.meta["val"].dtype.is_floating_point
     powers = (aten.pow.Tensor_Tensor, aten.pow.Scalar)
     if node.target in powers and integers:
