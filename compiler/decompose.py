@@ -260,16 +260,20 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.aten.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = _mm(a, b)
+def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """``beta bias + alpha product``; of integers both factors are integers, as PyTorch cuts them."""
+    if not product.is_floating_point():
+        beta, alpha = int(beta), int(alpha)
     product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (bias if beta == 1 else bias * beta)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _added(bias, _mm(a, b), beta, alpha)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = torch.ops.aten.bmm(a, b)
-    product = product if alpha == 1 else product * alpha
-    return product if beta == 0 else product + (bias if beta == 1 else bias * beta)
+    return _added(bias, torch.ops.aten.bmm(a, b), beta, alpha)
 
 
 def _lstm(

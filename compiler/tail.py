@@ -232,7 +232,20 @@ def _with_number(op: Any) -> Any:
     return lambda x, number: op(x, torch.full((), number, dtype=x.dtype))
 
 
+def _batched(op: Any, rank: int) -> Any:
+    """Pooling of a tensor without a batch axis is that of a batch of one."""
+
+    def decompose(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return NotImplemented if x.dim() == rank else op(x.unsqueeze(0), *args, **kwargs).squeeze(0)
+
+    return decompose
+
+
 TAIL: dict[Any, Any] = {
+    aten.avg_pool2d.default: _batched(aten.avg_pool2d.default, 4),
+    aten.avg_pool3d.default: _batched(aten.avg_pool3d.default, 5),
+    aten.max_pool2d.default: _batched(aten.max_pool2d.default, 4),
+    aten.max_pool3d.default: _batched(aten.max_pool3d.default, 5),
     aten.bmm.default: _bmm,
     aten.linear.default: _linear,
     aten.addbmm.default: _addbmm,
