@@ -540,3 +540,26 @@ def test_index_out_of_range(case: str, token: int, way: Way) -> None:
         native(table, ids, columns, signed, x)
     good = gather_inputs(2, 5)
     torch.testing.assert_close(native(*good)["index"], good[0][good[1]])  # the next call is right again
+
+
+DIVISIONS: dict[str, Function] = {
+    "floor": lambda x, y: x // y,
+    "remainder": lambda x, y: x % y,
+    "fmod": lambda x, y: torch.fmod(x, y) + 1,
+    "truncated": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "by_sum": lambda x, y: x // (y + y),
+}
+
+
+def test_integer_division_by_zero(way: Way) -> None:
+    """An integer divided by 0 is an InputError, as eager raises; the next call is right again."""
+    x, y = torch.arange(-20, 20), torch.arange(1, 41)
+    zero = torch.where(y == 33, 0, y)
+    for name, function in DIVISIONS.items():
+        model = Bundle({name: function})
+        native = planish.compile(model, (x, y), way.target, passes=way.passes)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            model(x, zero)
+        with pytest.raises(planish.errors.InputError, match="divided by 0"):
+            native(x, zero)
+        assert torch.equal(native(x, y)[name], model(x, y)[name])

@@ -288,7 +288,7 @@ def _safe_divisor(a: Expr, b: Expr) -> tuple[Expr, Expr, Expr, Expr]:
 
 
 def _quotient(rounded: str) -> Callable[[Expr, Expr], Expr]:
-    """a / b rounded to an integer: ``floor`` or ``trunc``; an integer divided by 0 is 0 (PyTorch raises)."""
+    """a / b rounded to an integer: ``floor`` or ``trunc``; an integer divided by 0 is reported, and 0."""
 
     def run(a: Expr, b: Expr) -> Expr:
         if "float" in dtype_of(a):
@@ -447,6 +447,19 @@ _LEFT, _RIGHT = _shift(T.shift_left), _shift(T.shift_right)
 _EQUAL, _DIFFERENT = _compare(_reflexive(lambda a, b: tirx.EQ(a, b))), _compare(not_equal)
 _LESS, _LESS_EQUAL = _compare(lambda a, b: a < b), _compare(_reflexive(lambda a, b: a <= b))
 _GREATER, _GREATER_EQUAL = _compare(lambda a, b: a > b), _compare(_reflexive(lambda a, b: a >= b))
+
+DIVISIONS = frozenset(
+    {
+        aten.div.Tensor_mode,
+        aten.div.Scalar_mode,
+        aten.floor_divide.default,
+        aten.fmod.Tensor,
+        aten.fmod.Scalar,
+        aten.remainder.Tensor,
+        aten.remainder.Scalar,
+    }
+)
+"""Ops that PyTorch refuses to do with an integer divisor of 0."""
 
 ELEMENTWISE: dict[Any, Scalar] = {
     aten.add.Tensor: _binary(_add),
