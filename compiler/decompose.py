@@ -105,6 +105,7 @@ def _reduction(op: Any, *, list_dim: bool = True, kept: bool = True) -> Decompos
             x = x.to(dtype)
         rows = _merge_axes(x, dims) if x.dim() else x.reshape(1)
         result = op(rows, [-1] if list_dim else -1)
+        result = result if dtype is None else result.to(dtype)  # sums of 32 bits have 64
         if keepdim:
             result = result.reshape([1 if d in dims else x.shape[d] for d in range(x.dim())])
         return result
@@ -116,7 +117,8 @@ def _whole(op: Any, *, list_dim: bool = True) -> Decomposition:
     """A reduction of all elements: ``sum(x)`` becomes ``sum(reshape(x, [-1]), [-1])``."""
 
     def decompose(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        return op((x if dtype is None else x.to(dtype)).reshape(-1), [-1] if list_dim else -1)
+        result = op((x if dtype is None else x.to(dtype)).reshape(-1), [-1] if list_dim else -1)
+        return result if dtype is None else result.to(dtype)
 
     return decompose
 

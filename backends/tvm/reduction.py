@@ -11,6 +11,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from planish.backends.tvm.arithmetic import divide, libm, zero
 from planish.backends.tvm.builder import Expr, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import DTYPES, as_stored, cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
@@ -24,7 +25,7 @@ from planish.backends.tvm.rowwise import (
     row_kernel,
     store,
 )
-from planish.backends.tvm.scalars import compute_dtype, divide, libm, zero
+from planish.backends.tvm.scalars import compute_dtype
 from planish.ops import aten
 from planish.program import Program
 
