@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.adaptive import ADAPTIVE
+from planish.gathered_windows import WINDOWS
 from planish.ops import COPIES, IR, RESHAPES, aten
 from planish.tail import TAIL
 
@@ -25,7 +25,7 @@ def table() -> dict[Any, Decomposition]:
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
-    ours = OURS | TAIL | ADAPTIVE
+    ours = OURS | TAIL | WINDOWS
     entries |= ours
     entries |= _from_libraries()
     whole = IR - ours.keys() | RESHAPES | COPIES

@@ -95,6 +95,7 @@ COPIES = frozenset(
         aten.detach.default,
         aten.lift_fresh_copy.default,
         aten.lift_fresh.default,
+        torch.ops.prims.copy_strided.default,
     }
 )
 """What capture replaces by the operand itself."""

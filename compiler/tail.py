@@ -242,8 +242,6 @@ def _batched(op: Any, rank: int) -> Any:
 
 
 TAIL: dict[Any, Any] = {
-    aten.avg_pool2d.default: _batched(aten.avg_pool2d.default, 4),
-    aten.avg_pool3d.default: _batched(aten.avg_pool3d.default, 5),
     aten.max_pool2d.default: _batched(aten.max_pool2d.default, 4),
     aten.max_pool3d.default: _batched(aten.max_pool3d.default, 5),
     aten.bmm.default: _bmm,

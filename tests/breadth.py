@@ -225,6 +225,17 @@ GROUPS: dict[str, Group] = {
             "integer_products": lambda x, i: (i @ i.t(), F.linear(i[0], i, i[:, 0]), i.int() @ i.int().t()),
             "double_products": lambda x, i: (x.double() @ x.double().t(), x.softmax(0, dtype=torch.float64)),
             "addbmm": lambda x, i: torch.addbmm(x[:, :1], x[None], x.t()[None], beta=0.5, alpha=2),
+            "strided_copies": lambda x, i: (x.t().index_fill(0, i[0, :2].abs(), 1.0), torch.lerp(x.t(), x.t(), x.t())),
+            "integer_windows": lambda x, i: (
+                F.conv1d(i[None], i[:2, None, :3].expand(-1, 5, -1), i[0, :2], stride=2, padding=1),
+                F.conv_transpose1d(i[None, :4], i[:4, None, :3], stride=2, padding=1, output_padding=1, groups=2),
+                F.avg_pool1d(i[None], 3, 2, 1),
+                F.avg_pool2d(i[None, None], 3, 2, 1, count_include_pad=False),
+            ),
+            "double_windows": lambda x, i: (
+                F.conv2d(x[None, None].double(), x[:4, None, :3, None].double(), dilation=2, padding=(2, 1)),
+                F.avg_pool2d(x[None, None].double(), 2),
+            ),
             "cut_factors": lambda x, i: torch.addmm(i[:, :5], i, i.t(), beta=0.6, alpha=2.6),
             "distances": lambda x, i: (torch.cdist(x, x.flip(0), p=1.0), torch.cdist(x, x.flip(0), p=3.0)),
             "bits": lambda x, i: (i ^ 5, (i > 0) ^ True, i & 3, i | 1),
