@@ -1,6 +1,6 @@
 # make demo   environment, install, compile MiniLM, embed real documents, eager against compiled
 # make test   Debian packages (as root), environment, lint, tests
-# make test-full   also every operator of PyTorch's own table
+# make test-full   also every operator and module of PyTorch's own tables, and 2,000 random graphs
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 
@@ -21,9 +21,10 @@ demo: $(VENV)/.models
 test: deps lint
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-# every operator of PyTorch's table, about 1,500 samples: half an hour on two cores
+# about 4,000 samples of PyTorch's tables and 2,000 random graphs: an hour on two cores
 test-full: test
 	$(BIN)/python tests/op_db.py
+	$(BIN)/python -m pytest -n $(WORKERS) tests/test_fuzz.py --hypothesis-profile=full
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

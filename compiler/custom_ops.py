@@ -31,6 +31,17 @@ def _(x: Tensor, k: int, largest: bool) -> Tensor:
     return torch.empty((*x.shape[:-1], k), dtype=torch.int64, device=x.device)
 
 
+@torch.library.custom_op("planish::argcummax", mutates_args=())
+def argcummax(x: Tensor, largest: bool) -> Tensor:
+    """Position of each row's largest (or smallest) element so far, the last of equal ones; int64, shape of ``x``."""
+    return (torch.cummax if largest else torch.cummin)(x, -1)[1]
+
+
+@argcummax.register_fake
+def _(x: Tensor, largest: bool) -> Tensor:
+    return torch.empty(x.shape, dtype=torch.int64, device=x.device)
+
+
 @torch.library.custom_op("planish::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows that are sorted by group, each times its group's matrix: the experts of a mixture.

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from planish.complex_pairs import KEPT
+from planish.gathered_windows import WINDOWS
 from planish.ops import COPIES, IR, RESHAPES, aten
+from planish.tail import TAIL
 
 Decomposition = Callable[..., Any]
 
@@ -40,9 +42,10 @@ def table() -> dict[Any, Decomposition]:
     entries: dict[Any, Decomposition] = dict(torch._decomp.global_decomposition_table["post_autograd"])
     core = torch.export.default_decompositions()
     entries |= {op: core[op] for op in core}
-    entries |= {op: _of_reals(ours) for op, ours in OURS.items()}
+    ours = OURS | TAIL | WINDOWS
+    entries |= {op: _of_reals(rule) for op, rule in ours.items()}
     entries |= _from_libraries()
-    whole = IR - OURS.keys() | RESHAPES | COPIES | CHECKED | KEPT
+    whole = IR - ours.keys() | RESHAPES | COPIES | CHECKED | KEPT
     return {op: f for op, f in entries.items() if isinstance(op, torch._ops.OpOverload) and op not in whole}
 
 
@@ -112,6 +115,22 @@ def _to_end(x: Tensor, dim: int) -> Tensor:
     return x if _last(dim, x.dim()) else x.transpose(dim, -1)
 
 
+def _softmax(op: Any) -> Decomposition:
+    """A softmax of fp64, which has no kernel, is spelled out; others are rows."""
+    rows = _on_last_axis(op)
+
+    def decompose(x: Tensor, dim: int, *args: Any, dtype: torch.dtype | None = None) -> Any:
+        result = next((a for a in (dtype, *args) if isinstance(a, torch.dtype)), x.dtype)
+        if result is not torch.float64:
+            return rows(x, dim, *args, **({} if dtype is None else {"dtype": dtype}))
+        x = x.double()
+        x = x - x.amax(dim, keepdim=True)
+        total = x.exp().sum(dim, keepdim=True)
+        return x - total.log() if "log" in str(op) else x.exp() / total
+
+    return decompose
+
+
 def _on_last_axis(op: Any) -> Decomposition:
     """A row op on another axis: that axis is moved to the end and back.
 
@@ -139,8 +158,8 @@ def _merge_axes(x: Tensor, dims: list[int]) -> Tensor:
     return moved.reshape([*(x.shape[d] for d in rest), size])
 
 
-def _reduction(op: Any, *, list_dim: bool = True) -> Decomposition:
-    """A reduction over any axes becomes one over the last axis.
+def _reduction(op: Any, *, list_dim: bool = True, kept: bool = True) -> Decomposition:
+    """A reduction over any axes becomes ``op`` over the last axis, which is left whole where it is ``kept``.
 
     before: ``mean(x, [2, 3], keepdim=True)`` of a rank-4 tensor
     after:  ``reshape(mean(reshape(x, [n, c, h*w]), [-1]), [n, c, 1, 1])``
@@ -149,12 +168,13 @@ def _reduction(op: Any, *, list_dim: bool = True) -> Decomposition:
     def decompose(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
         listed = [] if dim is None else [dim] if isinstance(dim, int) else list(dim)
         dims = sorted(d % x.dim() for d in listed) if listed and x.dim() else list(range(x.dim()))
-        if x.dim() and listed and dims == [x.dim() - 1] and not keepdim and dtype is None:
+        if kept and x.dim() and listed and dims == [x.dim() - 1] and not keepdim and dtype is None:
             return NotImplemented
         if dtype is not None:
             x = x.to(dtype)
         rows = _merge_axes(x, dims) if x.dim() else x.reshape(1)
         result = op(rows, [-1] if list_dim else -1)
+        result = result if dtype is None else result.to(dtype)  # sums of 32 bits have 64
         if keepdim:
             result = result.reshape([1 if d in dims else x.shape[d] for d in range(x.dim())])
         return result
@@ -166,7 +186,8 @@ def _whole(op: Any, *, list_dim: bool = True) -> Decomposition:
     """A reduction of all elements: ``sum(x)`` becomes ``sum(reshape(x, [-1]), [-1])``."""
 
     def decompose(x: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-        return op((x if dtype is None else x.to(dtype)).reshape(-1), [-1] if list_dim else -1)
+        result = op((x if dtype is None else x.to(dtype)).reshape(-1), [-1] if list_dim else -1)
+        return result if dtype is None else result.to(dtype)
 
     return decompose
 
@@ -310,16 +331,20 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return torch.ops.aten.bmm(a.unsqueeze(0), b.unsqueeze(0)).squeeze(0)
 
 
-def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = _mm(a, b)
+def _added(bias: Tensor, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """``beta bias + alpha product``; of integers both factors are integers, as PyTorch cuts them."""
+    if not product.is_floating_point():
+        beta, alpha = int(beta), int(alpha)
     product = product if alpha == 1 else product * alpha
     return product if beta == 0 else product + (bias if beta == 1 else bias * beta)
+
+
+def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    return _added(bias, _mm(a, b), beta, alpha)
 
 
 def _baddbmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    product = torch.ops.aten.bmm(a, b)
-    product = product if alpha == 1 else product * alpha
-    return product if beta == 0 else product + (bias if beta == 1 else bias * beta)
+    return _added(bias, torch.ops.aten.bmm(a, b), beta, alpha)
 
 
 def _lstm(
@@ -465,54 +490,28 @@ def _histogram(x: Tensor, bins: int = 100, min: float = 0, max: float = 0) -> An
     return torch.zeros([bins], dtype=x.dtype).scatter_add(0, torch.where(inside, place, 0), ones)
 
 
-def _adaptive_average(x: Tensor, size: list[int]) -> Tensor:
-    """One axis after another: a mean where the windows are equal, else a product with the matrix of their weights.
-
-    Window i of n over an axis of length s goes from floor(i s / n) to ceil((i + 1) s / n).
-    """
-    if all(wanted == 1 for wanted in size):
-        return x.mean(list(range(x.dim() - len(size), x.dim())), keepdim=True)
-    for at, wanted in enumerate(size):
-        axis = x.dim() - len(size) + at
-        length = x.shape[axis]
-        wanted = length if wanted is None else wanted
-        if isinstance(length, int) and length % wanted == 0:
-            split = x.reshape([*x.shape[:axis], wanted, length // wanted, *x.shape[axis + 1 :]])
-            x = split.mean(axis + 1)
-            continue
-        window, place = torch.arange(wanted)[:, None], torch.arange(length)[None]
-        first, end = window * length // wanted, -(-(window + 1) * length // wanted)
-        weights = ((place >= first) & (place < end)).to(x.dtype) / (end - first).to(x.dtype)
-        x = torch.ops.aten.linear(x.transpose(axis, -1), weights).transpose(axis, -1)
-    return x
-
-
 OURS: dict[Any, Decomposition] = {
     aten.histc.default: _histogram,
-    aten.adaptive_avg_pool1d.default: _adaptive_average,
-    aten.adaptive_avg_pool2d.default: _adaptive_average,
-    aten._adaptive_avg_pool2d.default: _adaptive_average,
-    aten.adaptive_avg_pool3d.default: _adaptive_average,
-    aten._adaptive_avg_pool3d.default: _adaptive_average,
     aten.copy.default: _copy,
     aten.empty.memory_format: _empty,
     aten.empty_like.default: _empty_like,
     aten.new_empty.default: _new_empty,
-    aten.softmax.int: _on_last_axis(aten.softmax.int),
-    aten.log_softmax.int: _on_last_axis(aten.log_softmax.int),
-    aten._softmax.default: _on_last_axis(aten._softmax.default),
-    aten._log_softmax.default: _on_last_axis(aten._log_softmax.default),
+    aten.softmax.int: _softmax(aten.softmax.int),
+    aten.log_softmax.int: _softmax(aten.log_softmax.int),
+    aten._softmax.default: _softmax(aten._softmax.default),
+    aten._log_softmax.default: _softmax(aten._log_softmax.default),
     aten.cumsum.default: _on_last_axis(aten.cumsum.default),
     aten.cumprod.default: _on_last_axis(aten.cumprod.default),
+    aten.logcumsumexp.default: _on_last_axis(aten.logcumsumexp.default),
     aten.sum.dim_IntList: _reduction(aten.sum.dim_IntList),
     aten.mean.dim: _reduction(aten.mean.dim),
     aten.amax.default: _reduction(aten.amax.default),
     aten.amin.default: _reduction(aten.amin.default),
     aten.prod.dim_int: _reduction(aten.prod.dim_int, list_dim=False),
     aten.any.dim: _reduction(aten.any.dim, list_dim=False),
-    aten.any.dims: _reduction(aten.any.dim, list_dim=False),
+    aten.any.dims: _reduction(aten.any.dim, list_dim=False, kept=False),
     aten.all.dim: _reduction(aten.all.dim, list_dim=False),
-    aten.all.dims: _reduction(aten.all.dim, list_dim=False),
+    aten.all.dims: _reduction(aten.all.dim, list_dim=False, kept=False),
     aten.argmax.default: _reduction(aten.argmax.default, list_dim=False),
     aten.argmin.default: _reduction(aten.argmin.default, list_dim=False),
     aten.sum.default: _whole(aten.sum.dim_IntList),

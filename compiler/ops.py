@@ -34,8 +34,11 @@ REDUCTIONS = frozenset(
 )
 """Reduce the last axis."""
 
-SCANS = frozenset({aten.cumsum.default, aten.cumprod.default})
+SCANS = frozenset({aten.cumsum.default, aten.cumprod.default, aten.logcumsumexp.default})
 """Combine each element of a row (last axis) with all before it."""
+
+RUNNING = frozenset({planish_ops.argcummax.default})
+"""Positions of the extrema so far; the values are gathered by them."""
 
 SORTS = frozenset({planish_ops.argsort.default, planish_ops.argtopk.default})
 """Positions of a row's elements in order; the values are gathered by them."""
@@ -92,6 +95,7 @@ COPIES = frozenset(
         aten.detach.default,
         aten.lift_fresh_copy.default,
         aten.lift_fresh.default,
+        torch.ops.prims.copy_strided.default,
     }
 )
 """What capture replaces by the operand itself."""
@@ -209,6 +213,8 @@ ELEMENTWISE = frozenset(
         aten.expm1.default,
         aten.exp2.default,
         aten.erfc.default,
+        aten.lgamma.default,
+        aten.nextafter.default,
         aten.sin.default,
         aten.cos.default,
         aten.tan.default,

@@ -34,6 +34,12 @@ def _integers() -> Tensors:
     return x, torch.where(rolled == 0, 7, rolled), (seeded(3, 40) * 3).abs().to(torch.int64)
 
 
+def _holes() -> Tensors:
+    x = seeded(5, 13)
+    x[0, 3], x[1, 2:5], x[2], x[3, 7] = float("nan"), float("inf"), float("nan"), float("-inf")
+    return x, (seeded(5, 13, seed=1) * 20).to(torch.int64)
+
+
 def _placed() -> Tensors:
     ids = torch.randint(0, 6, (2, 8, 6, 10), generator=torch.Generator().manual_seed(1))
     return seeded(2, 8, 6, 10), ids
@@ -151,6 +157,8 @@ GROUPS: dict[str, Group] = {
             "im2col": lambda x: F.unfold(x, 3, padding=1),
             "resize": lambda x: (F.interpolate(x, scale_factor=2, mode="bilinear"), F.interpolate(x, size=(3, 5))),
             "adaptive": lambda x: (F.adaptive_avg_pool2d(x, 1), F.adaptive_avg_pool2d(x, (3, 4))),
+            "without_batch": lambda x: (F.max_pool2d(x[0], 2), F.avg_pool2d(x[0], 3, 2, 1), F.avg_pool1d(x[0, 0], 2)),
+            "adaptive_max": lambda x: F.adaptive_max_pool2d(x, (4, 3), return_indices=True),
         },
         _image,
     ),
@@ -197,6 +205,59 @@ GROUPS: dict[str, Group] = {
             "topk": lambda x: (*x.topk(3), *x.topk(2, 1, largest=False)),
         },
         lambda: (seeded(4, 33, 17),),
+    ),
+    "positions": Group(
+        {
+            "running": lambda x, i: (*x.cummax(1), *x.cummin(-1), *i.cummax(0), *(i > 0).cummax(1)),
+            "log_sums": lambda x, i: (x.logcumsumexp(-1), (x * 40).logcumsumexp(0)),
+            "medians": lambda x, i: (x.median(), *x.median(1), x.nanmedian(), *x.nanmedian(0, keepdim=True)),
+            "kth": lambda x, i: x.kthvalue(2, 1)[0],
+            "pooled": lambda x, i: (F.adaptive_avg_pool1d(x[None], 5), F.adaptive_max_pool1d(x[None], 5)),
+            "search": lambda x, i: (
+                torch.searchsorted(x.nan_to_num().sort(-1)[0], x),
+                torch.bucketize(x, x[4].sort()[0], right=True),
+            ),
+        },
+        _holes,
+    ),
+    "tail": Group(
+        {
+            "integer_products": lambda x, i: (i @ i.t(), F.linear(i[0], i, i[:, 0]), i.int() @ i.int().t()),
+            "double_products": lambda x, i: (x.double() @ x.double().t(), x.softmax(0, dtype=torch.float64)),
+            "addbmm": lambda x, i: torch.addbmm(x[:, :1], x[None], x.t()[None], beta=0.5, alpha=2),
+            "strided_copies": lambda x, i: (x.t().index_fill(0, i[0, :2].abs(), 1.0), torch.lerp(x.t(), x.t(), x.t())),
+            "integer_windows": lambda x, i: (
+                F.conv1d(i[None], i[:2, None, :3].expand(-1, 5, -1), i[0, :2], stride=2, padding=1),
+                F.conv_transpose1d(i[None, :4], i[:4, None, :3], stride=2, padding=1, output_padding=1, groups=2),
+                F.avg_pool1d(i[None], 3, 2, 1),
+                F.avg_pool2d(i[None, None], 3, 2, 1, count_include_pad=False),
+            ),
+            "double_windows": lambda x, i: (
+                F.conv2d(x[None, None].double(), x[:4, None, :3, None].double(), dilation=2, padding=(2, 1)),
+                F.avg_pool2d(x[None, None].double(), 2),
+            ),
+            "cut_factors": lambda x, i: torch.addmm(i[:, :5], i, i.t(), beta=0.6, alpha=2.6),
+            "distances": lambda x, i: (torch.cdist(x, x.flip(0), p=1.0), torch.cdist(x, x.flip(0), p=3.0)),
+            "bits": lambda x, i: (i ^ 5, (i > 0) ^ True, i & 3, i | 1),
+            "all_of_axes": lambda x, i: ((x > 0).all((1,)), (x > 0).any((-1,))),
+            "by_mask": lambda x, i: x.masked_scatter(x > 0, x.flip(0)),
+            "put": lambda x, i: x.put(i.abs(), x, accumulate=True),
+            "means": lambda x, i: (x.scatter_reduce(1, i.abs(), x, "mean"), i.scatter_reduce(1, i.abs(), i, "mean")),
+            "without_self": lambda x, i: (
+                x.scatter_reduce(1, i.abs(), x, "amax", include_self=False),
+                x.index_reduce(1, i[0].abs(), x, "prod", include_self=False),
+            ),
+            "bilinear": lambda x, i: F.bilinear(x, x.flip(0), x[:3, :, None] * x[:3, None]),
+            "rounded": lambda x, i: (
+                x.round(decimals=2),
+                (x * 300).round(decimals=-2),
+                x.angle(),
+                torch.copysign(i, -1),
+            ),
+            "gamma": lambda x, i: (x.abs().lgamma(), torch.nextafter(x, x.flip(0))),
+        },
+        lambda: (seeded(5, 13), (seeded(5, 13, seed=1) * 4).to(torch.int64)),
+        5e-5,
     ),
     "scatter": Group(
         {

@@ -1,6 +1,6 @@
-"""PyTorch's own table of operators and sample inputs, each sample compiled as a model of one op.
+"""PyTorch's own tables of operators and modules with sample inputs, each sample compiled as a model of one call.
 
-As a script it runs the whole table and prints what became of it: ``python tests/op_db.py`` (``make test-full``).
+As a script it runs both tables and prints what became of them: ``python tests/op_db.py`` (``make test-full``).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,29 @@ OUTSIDE = ("linalg.", "fft.", "special.", "signal.windows.", "masked.", "torch.o
 OUTSIDE_NAMES = frozenset({"stft", "istft", "bernoulli", "multinomial", "normal", "cauchy", "exponential", "geometric"})
 """Also outside: transforms and random numbers by name."""
 
-TIES = frozenset({"sort", "argsort", "topk"})
+LINEAR_ALGEBRA = frozenset(
+    {
+        "cholesky",
+        "cholesky_inverse",
+        "cholesky_solve",
+        "geqrf",
+        "logdet",
+        "lu",
+        "lu_solve",
+        "lu_unpack",
+        "matrix_exp",
+        "ormqr",
+        "pca_lowrank",
+        "pinverse",
+        "qr",
+        "svd",
+        "svd_lowrank",
+        "triangular_solve",
+    }
+)
+"""Also outside: what has moved to ``linalg.``, by its older name."""
+
+TIES = frozenset({"sort", "argsort", "topk", "kthvalue", "median", "nanmedian"})
 """Their last result is positions, and PyTorch does not say in which order equal elements come."""
 
 TOLERANCE = 1e-4
@@ -58,46 +80,73 @@ class Outcome:
 
 def is_outside(name: str) -> bool:
     """Whether an entry of the table need not be native."""
-    words = ("loss", "rand", "dropout", "bernoulli", "empty")  # what empty memory holds is not defined
-    return name.startswith(OUTSIDE) or name in OUTSIDE_NAMES or any(word in name for word in words)
+    words = (
+        "loss",
+        "entropy",
+        "rand",
+        "rrelu",
+        "fractional",
+        "dropout",
+        "bernoulli",
+        "empty",
+    )  # empty memory holds anything
+    named = name.startswith(OUTSIDE) or name in OUTSIDE_NAMES | LINEAR_ALGEBRA
+    return named or any(word in name.lower() for word in words)
 
 
 def entries() -> dict[str, Any]:
-    """The table by full name."""
+    """Both tables by full name; modules are ``nn.Conv2d``, their functions ``nn.functional.conv2d``."""
     from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
 
-    return {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db}
+    ops = {f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name: op for op in op_db}
+    return ops | {module.name: module for module in module_db}
 
 
-class OneOp(torch.nn.Module):
-    """A call of the op with its tensors as inputs and everything else as it was sampled."""
+class OneCall(torch.nn.Module):
+    """A call of an op or module with its tensors as inputs and everything else as it was sampled."""
 
-    def __init__(self, op: Any, leaves: list[Any], spec: pytree.TreeSpec) -> None:
+    def __init__(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
-        self.call = (op, leaves, spec)
+        self.op = op
+        self.leaves, self.spec = pytree.tree_flatten((args, kwargs))
         self.eval()
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The sampled inputs."""
+        return tuple(leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor))
+
     def forward(self, *tensors: torch.Tensor) -> Any:
-        op, leaves, spec = self.call
         supply = iter(tensors)
-        filled = [next(supply) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        args, kwargs = pytree.tree_unflatten(filled, spec)
-        return op(*args, **kwargs)
+        filled = [next(supply) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(filled, self.spec)
+        return self.op(*args, **kwargs)
 
 
-def samples(op: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[int, OneOp, tuple[torch.Tensor, ...]]]:
-    """At most ``count`` samples, spread over the table's own; the seed depends on the op's name only."""
-    torch.manual_seed(zlib.crc32(op.name.encode()))
-    every = list(itertools.islice(op.sample_inputs("cpu", dtype, requires_grad=False), 200))
+def calls(entry: Any, dtype: torch.dtype) -> Iterator[Callable[[], OneCall]]:
+    """All samples of an entry; a module is made when its sample is."""
+    if hasattr(entry, "sample_inputs"):
+        for sample in entry.sample_inputs("cpu", dtype, requires_grad=False):
+            yield lambda s=sample: OneCall(entry.op, (s.input, *s.args), s.kwargs)
+        return
+    options = {"device": "cpu", "dtype": dtype, "requires_grad": False, "training": False}
+    for sample in entry.module_inputs_func(entry, **options):
+        made, given = sample.constructor_input, sample.forward_input
+        yield lambda m=made, g=given: OneCall(entry.module_cls(*m.args, **m.kwargs), g.args, g.kwargs)
+
+
+def samples(entry: Any, dtype: torch.dtype, count: int) -> Iterator[tuple[int, OneCall, tuple[torch.Tensor, ...]]]:
+    """At most ``count`` samples, spread over the table's own; the seed depends on the entry's name only."""
+    torch.manual_seed(zlib.crc32(entry.name.encode()))
+    every = list(itertools.islice(calls(entry, dtype), 200))
     for index in sorted({round(i * (len(every) - 1) / max(count - 1, 1)) for i in range(count)} if every else ()):
-        sample = every[index]
-        leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), sample.kwargs))
-        tensors = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
-        if tensors and all(t.layout is torch.strided for t in tensors):
-            yield index, OneOp(op.op, leaves, spec), tensors
+        model = every[index]()
+        if model.tensors and all(t.layout is torch.strided for t in model.tensors):
+            yield index, model, model.tensors
 
 
-def outcome(name: str, dtype: torch.dtype, index: int, model: OneOp, tensors: tuple[torch.Tensor, ...]) -> Outcome:
+def outcome(name: str, dtype: torch.dtype, index: int, model: OneCall, tensors: tuple[torch.Tensor, ...]) -> Outcome:
     """Compile one sample and compare it with eager."""
     try:
         with torch.no_grad():
@@ -115,7 +164,7 @@ def outcome(name: str, dtype: torch.dtype, index: int, model: OneOp, tensors: tu
         return Outcome(name, dtype, index, "unsupported", str(error)[:200])
     except Exception as error:  # anything else is a defect
         return Outcome(name, dtype, index, "wrong", f"{type(error).__name__}: {str(error)[-300:]}")
-    if name in TIES:
+    if (name in TIES and len(want) > 1) or name == "argsort":
         want, got = want[:-1], got[:-1]
     for w, g in zip(want, got, strict=True):
         if not isinstance(w, torch.Tensor):
@@ -129,7 +178,7 @@ def outcome(name: str, dtype: torch.dtype, index: int, model: OneOp, tensors: tu
 
 
 def run(name: str, op: Any, count: int) -> Iterator[Outcome]:
-    """The outcomes of an op's samples in all dtypes of ``DTYPES`` that it takes."""
+    """The outcomes of an entry's samples in all dtypes of ``DTYPES`` that it takes."""
     for dtype in DTYPES:
         if dtype in op.dtypes:
             for index, model, tensors in samples(op, dtype, count):
@@ -176,7 +225,7 @@ def _whole(names: list[str]) -> list[Outcome]:
 
 
 def main() -> int:
-    """Run the whole table; 1 if a sample is wrong, or too few of what should be native is."""
+    """Run both tables; 1 if a sample is wrong, or too few of what should be native is."""
     from concurrent.futures import ThreadPoolExecutor
 
     names = sys.argv[1:] or [n for n in entries() if not n.startswith("torch.ops.aten._")]

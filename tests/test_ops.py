@@ -146,6 +146,11 @@ FLOAT: dict[str, Function] = {
     "sqrt": lambda x, y: x.sqrt(),
     "rsqrt": lambda x, y: x.rsqrt(),
     "reciprocal": lambda x, y: x.reciprocal(),
+    "zero_times": lambda x, y: x * 0.0,
+    "zero_over": lambda x, y: 0.0 / x,
+    "minus_itself": lambda x, y: x - x,
+    "minus_itself_half": lambda x, y: x.half() - x.half(),
+    "equal_itself_half": lambda x, y: x.half() == x.half(),
     "pow_0": lambda x, y: x**0,
     "pow_1": lambda x, y: x**1,
     "pow_2": lambda x, y: x**2,
@@ -177,6 +182,9 @@ FLOAT: dict[str, Function] = {
     "logical_not": lambda x, y: torch.logical_not(x),
     "not_less": lambda x, y: torch.logical_not(x < y),
     "not_equal": lambda x, y: torch.logical_not(x == y),
+    "not_less_count": lambda x, y: (~(x < y)).long(),
+    "not_greater": lambda x, y: ~(x > y),
+    "less_or_not": lambda x, y: (x <= y) | (y < x),
     "where_not_less": lambda x, y: torch.where(torch.logical_not(x < y), 1.0, x),
     "where": lambda x, y: torch.where(x > y, x, y),
     "where_other": lambda x, y: aten.where.ScalarOther(x > 0, x, -1.0),
@@ -251,6 +259,13 @@ INTEGER: dict[str, Function] = {
     "bitwise_or": lambda x, y: torch.bitwise_or(x, y),
     "where": lambda x, y: torch.where(x > y, x, y),
     "masked_fill": lambda x, y: x.masked_fill(y > 0, 7),
+    "next_is_larger_int32": lambda x, y: x.int() + 1 > x.int(),
+    "square_is_negative_int32": lambda x, y: x.int() * x.int() < 0,
+    "minus_int32": lambda x, y: -x.int() < 0,
+    "doubled_int32": lambda x, y: x.int() * 2 // 2,
+    "less_int32": lambda x, y: x.int() - y.int() < 0,
+    "widened": lambda x, y: (x + y).long(),
+    "sum_as_int32": lambda x, y: x.sum(-1, dtype=torch.int32),
     "to_bool": lambda x, y: x.bool(),
     "to_float": lambda x, y: x.float(),
     "to_int32": lambda x, y: x.int(),
@@ -532,3 +547,26 @@ def test_index_out_of_range(case: str, token: int, way: Way) -> None:
         native(table, ids, columns, signed, x)
     good = gather_inputs(2, 5)
     torch.testing.assert_close(native(*good)["index"], good[0][good[1]])  # the next call is right again
+
+
+DIVISIONS: dict[str, Function] = {
+    "floor": lambda x, y: x // y,
+    "remainder": lambda x, y: x % y,
+    "fmod": lambda x, y: torch.fmod(x, y) + 1,
+    "truncated": lambda x, y: torch.div(x, y, rounding_mode="trunc"),
+    "by_sum": lambda x, y: x // (y + y),
+}
+
+
+def test_integer_division_by_zero(way: Way) -> None:
+    """An integer divided by 0 is an InputError, as eager raises; the next call is right again."""
+    x, y = torch.arange(-20, 20), torch.arange(1, 41)
+    zero = torch.where(y == 33, 0, y)
+    for name, function in DIVISIONS.items():
+        model = Bundle({name: function})
+        native = planish.compile(model, (x, y), way.target, passes=way.passes)
+        with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+            model(x, zero)
+        with pytest.raises(planish.errors.InputError, match="divided by 0"):
+            native(x, zero)
+        assert torch.equal(native(x, y)[name], model(x, y)[name])

@@ -20,7 +20,7 @@ ENTRY = "planish_main"
 """C name of the model's function."""
 
 STATUS_FAILED = 2
-"""Status word after a kernel failed; 1 is an index out of range (``Evaluator.checked``)."""
+"""Status word after a kernel failed; for the others see ``expr.py``."""
 
 RESERVED = ALIGN
 """Bytes at the start of an arena that hold the status word."""

@@ -14,6 +14,7 @@ import torch
 from planish.backends.base import KernelTime
 from planish.backends.tvm import runtime
 from planish.backends.tvm.codegen import ENTRY, RESERVED, STATUS_FAILED
+from planish.backends.tvm.expr import DIVISION_BY_ZERO
 from planish.backends.tvm.pack import aligned
 from planish.errors import InputError, KernelError
 from planish.plan import ALIGN, Plan
@@ -122,6 +123,8 @@ class TvmExecutable:
         )
         if status.value == STATUS_FAILED:
             raise KernelError("a kernel could not get its scratch memory", fix="free memory, or use fewer threads")
+        if status.value == DIVISION_BY_ZERO:
+            raise InputError("an integer is divided by 0", why="PyTorch raises there, too", fix="mask the divisor")
         if status.value:
             raise InputError(
                 "an index tensor holds a value outside the table it indexes",

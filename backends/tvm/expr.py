@@ -19,12 +19,18 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, equal, i32, keep, lanes_of, simplify
+from planish.backends.tvm.builder import Expr, dtype_of, equal, i32, keep, lanes_of, simplify
 from planish.backends.tvm.index import as_value, broadcast_index, cast, flat_index, to_tir
 from planish.backends.tvm.maps import GATHERS, GENERATORS, JOINS, VIEWS
-from planish.backends.tvm.scalars import ELEMENTWISE
+from planish.backends.tvm.scalars import DIVISIONS, ELEMENTWISE
 from planish.ops import aten
 from planish.program import Program
+
+OUT_OF_RANGE = 1
+"""Status word after an index read from memory was out of range."""
+
+DIVISION_BY_ZERO = 3
+"""Status word after an integer was divided by 0."""
 
 
 class NeedsScalarLanes(Exception):
@@ -58,7 +64,7 @@ class Evaluator:
         sources: nodes whose values are in memory.
         computed: nodes whose value at the current index is already known.
         rows: nodes whose current row lies in memory of the kernel's own.
-        status: one-element int32 buffer that is set to 1 when an index read from memory is out of range.
+        status: one-element int32 buffer for ``OUT_OF_RANGE`` and ``DIVISION_BY_ZERO``.
     """
 
     program: Program
@@ -143,7 +149,19 @@ class Evaluator:
                 return self.at(arg, index)
             return self.at(arg, broadcast_index(self.shape(arg), full, index))
 
-        return cast(ELEMENTWISE[node.target](node, operand), node.meta["val"].dtype)
+        dtype = node.meta["val"].dtype
+        if node.target in DIVISIONS and not dtype.is_floating_point:
+            self._check_divisor(cast(operand(node.args[1]), dtype))
+        return cast(ELEMENTWISE[node.target](node, operand), dtype)
+
+    def _check_divisor(self, value: Expr) -> None:
+        """An integer that something is divided by: 0 sets the status."""
+        if isinstance(value, tirx.IntImm) and value.value:
+            return
+        if lanes_of(value) > 1:
+            raise NeedsScalarLanes
+        with T.If(tirx.EQ(keep(value), tirx.const(0, dtype_of(value)))), T.Then():
+            T.buffer_store(self.status, i32(DIVISION_BY_ZERO), [0])
 
     def load(self, node: fx.Node, index: tuple[Expr, ...]) -> Expr:
         """Read a source; contiguous lanes become one vector load, lanes that agree one scalar load."""
@@ -193,7 +211,7 @@ class Evaluator:
         if wrap:
             T.buffer_store(wide, tirx.Select(wide[0] < 0, wide[0] + limit, wide[0]), [0])
         with T.If(tirx.Or(wide[0] < 0, wide[0] >= limit)), T.Then():
-            T.buffer_store(self.status, i32(1), [0])
+            T.buffer_store(self.status, i32(OUT_OF_RANGE), [0])
             T.buffer_store(wide, tirx.const(0, "int64"), [0])
         T.buffer_store(place, tirx.Cast("int32", wide[0]), [0])
         return T.bind(place[0])

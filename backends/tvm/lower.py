@@ -21,7 +21,7 @@ from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
-from planish.backends.tvm.reduction import lower_reduction, lower_scan, reduction_reason
+from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
@@ -38,6 +38,7 @@ from planish.ops import (
     RECURRENCES,
     REDUCTIONS,
     ROWS,
+    RUNNING,
     SCANS,
     SCATTERS,
     SORTS,
@@ -114,6 +115,7 @@ def _op_reason(node: fx.Node) -> str | None:
         (SCATTERS, scatter_reason),
         (RECURRENCES, recurrent_reason),
         ({MATMUL, GROUPED}, _float_reason),
+        (RUNNING, lambda node: None),
     )
     for targets, reason in tables:
         if target in targets:
@@ -417,7 +419,13 @@ class Lowering:
         return self.packed[key]
 
 
-_WHOLE = ((SCANS, lower_scan), (SORTS, lower_sort), (SCATTERS, lower_scatter), (RECURRENCES, lower_recurrent))
+_WHOLE = (
+    (SCANS, lower_scan),
+    (RUNNING, lower_running),
+    (SORTS, lower_sort),
+    (SCATTERS, lower_scatter),
+    (RECURRENCES, lower_recurrent),
+)
 """Ops with kernels that work element by element."""
 
 STATUS = -1

@@ -11,6 +11,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
+from planish.backends.tvm.arithmetic import divide, libm, zero
 from planish.backends.tvm.builder import Expr, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import DTYPES, as_stored, cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
@@ -24,7 +25,7 @@ from planish.backends.tvm.rowwise import (
     row_kernel,
     store,
 )
-from planish.backends.tvm.scalars import compute_dtype, divide
+from planish.backends.tvm.scalars import compute_dtype
 from planish.ops import aten
 from planish.program import Program
 
@@ -60,8 +61,20 @@ FOLDS: dict[Any, Fold] = {
 POSITIONS: dict[Any, bool] = {aten.argmax.default: True, aten.argmin.default: False}
 """Reductions to the position of the extremum: whether it is the largest."""
 
-SCANS: dict[Any, Callable[[Expr, Expr], Expr]] = {aten.cumsum.default: add, aten.cumprod.default: multiply}
-"""Running combinations."""
+
+def _log_add_exp(a: Expr, b: Expr) -> Expr:
+    """log(exp(a) + exp(b)) without overflow; equal infinities stay."""
+    high, low = keep(maximum(a, b)), keep(minimum(a, b))
+    difference = keep(tirx.Select(tirx.EQ(a, b), zero(a), low - high))
+    return keep(high + libm("log1p", libm("exp", difference)))
+
+
+SCANS: dict[Any, tuple[float, Callable[[Expr, Expr], Expr]]] = {
+    aten.cumsum.default: (0.0, add),
+    aten.cumprod.default: (1.0, multiply),
+    aten.logcumsumexp.default: (float("-inf"), _log_add_exp),
+}
+"""Running combinations, and what they start from."""
 
 
 def _reduced_dtype(node: fx.Node) -> torch.dtype:
@@ -131,7 +144,7 @@ def lower_scan(module: Module, program: Program, region: Region, anchor: fx.Node
     after:  for each row: one running value, stored after each element
     """
     with kernel(module, program, region) as (k, out, _):
-        x, combine = anchor.args[0], SCANS[anchor.target]
+        x, (start, combine) = anchor.args[0], SCANS[anchor.target]
         assert isinstance(x, fx.Node)
         shape = k.ev.shape(x)
         lead, size = shape[:-1], shape[-1]
@@ -140,11 +153,38 @@ def lower_scan(module: Module, program: Program, region: Region, anchor: fx.Node
         with rows_in_parallel(row_count(lead)) as row:
             index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
             running = T.alloc_buffer((1,), DTYPES[dtype])
-            T.buffer_store(running, tirx.const(0 if anchor.target is aten.cumsum.default else 1, DTYPES[dtype]), [0])
+            T.buffer_store(running, tirx.const(start if dtype.is_floating_point else int(start), DTYPES[dtype]), [0])
             with T.serial(0, size) as i:
                 value = cast(k.ev.at(x, (*index, i)), dtype)
                 T.buffer_store(running, combine(running[0], value), [0])
                 T.buffer_store(out, as_stored(running[0], result), [row * size + i])
+    return row_kernel(k, program, anchor)
+
+
+def lower_running(module: Module, program: Program, region: Region, anchor: fx.Node) -> Lowered:
+    """Kernel of ``planish::argcummax``.
+
+    before: ``argcummax(x, largest)``
+    after:  for each row: the extremum so far and its position, stored after each element; a NaN counts as one
+    """
+    x, largest = anchor.args
+    assert isinstance(x, fx.Node)
+    dtype = compute_dtype(x.meta["val"].dtype)
+    with kernel(module, program, region) as (k, out, _):
+        shape = k.ev.shape(x)
+        lead, size = shape[:-1], shape[-1]
+        with rows_in_parallel(row_count(lead)) as row:
+            index = tuple(T.bind(i + i32(0)) for i in unflatten_index(lead, row)) if lead else ()
+            best, place = T.alloc_buffer((1,), DTYPES[dtype]), T.alloc_buffer((1,), "int64")
+            with T.serial(0, size) as i:
+                value = keep(cast(k.ev.at(x, (*index, i)), dtype))
+                better = value >= best[0] if largest else value <= best[0]
+                if dtype.is_floating_point:
+                    better = tirx.Or(T.isnan(value), tirx.And(tirx.Not(T.isnan(best[0])), better))
+                with T.If(tirx.Or(tirx.EQ(i, 0), better)), T.Then():
+                    T.buffer_store(best, value, [0])
+                    T.buffer_store(place, tirx.Cast("int64", i), [0])
+                T.buffer_store(out, place[0], [row * size + i])
     return row_kernel(k, program, anchor)
 
 

@@ -12,10 +12,10 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
+from planish.backends.tvm.arithmetic import libm
 from planish.backends.tvm.builder import Expr, dtype_of, f32, for_vectors, horizontal, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import as_stored, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
-from planish.backends.tvm.scalars import libm
 from planish.ops import argument, aten
 from planish.program import Program
 

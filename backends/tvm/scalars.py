@@ -14,7 +14,24 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
-from planish.backends.tvm.builder import Expr, dtype_of, i32, keep, lanes_at, lanes_of, splat
+from planish.backends.tvm.arithmetic import (
+    absolute,
+    add,
+    c_remainder,
+    divide,
+    exclusive,
+    libm,
+    match_lanes,
+    multiply,
+    negated,
+    one,
+    quotient,
+    remainder,
+    same_float,
+    subtract,
+    zero,
+)
+from planish.backends.tvm.builder import Expr, dtype_of, keep, lanes_of, splat
 from planish.backends.tvm.index import cast, not_equal
 from planish.ops import argument, aten
 
@@ -50,24 +67,8 @@ def _number(value: Any) -> int | float | bool:
     return 1 if isinstance(value, torch.SymInt) else 1.0 if isinstance(value, torch.SymFloat) else value
 
 
-def match_lanes(values: list[Expr]) -> list[Expr]:
-    """The values with scalars spread over the lanes of the widest one."""
-    lanes = max(lanes_of(v) for v in values)
-    return [splat(v, lanes) if lanes > 1 and lanes_of(v) == 1 else v for v in values]
-
-
 def _operands(node: fx.Node, operand: Operand, dtype: torch.dtype, count: int) -> list[Expr]:
     return match_lanes([cast(operand(a), dtype) for a in node.args[:count]])
-
-
-def zero(value: Expr) -> Expr:
-    """0 of the value's type and lanes."""
-    return splat(tirx.const(0, dtype_of(value)), lanes_of(value))
-
-
-def one(value: Expr) -> Expr:
-    """1 of the value's type and lanes."""
-    return splat(tirx.const(1, dtype_of(value)), lanes_of(value))
 
 
 # Functions of one value ------------------------------------------------------------------------------------------
@@ -84,22 +85,6 @@ def _predicate(function: Callable[[Expr], Expr]) -> Scalar:
         return function(cast(operand(node.args[0]), compute_dtype(node.args[0].meta["val"].dtype)))  # pyright: ignore
 
     return run
-
-
-def libm(name: str, *values: Expr) -> Expr:
-    """The C library's function, one lane at a time."""
-    values = tuple(match_lanes(list(values)))
-    lanes, dtype = lanes_of(values[0]), dtype_of(values[0])
-    symbol = name + ("f" if dtype == "float32" else "")
-    if lanes == 1:
-        return keep(T.call_extern(dtype, symbol, *values))
-    whole = lanes_at(i32(0), lanes)
-    places = [T.alloc_buffer((lanes,), dtype) for _ in values]
-    for place, value in zip(places, values, strict=True):
-        T.buffer_store(place, value, [whole])
-    with T.serial(0, lanes) as lane:
-        T.buffer_store(places[0], T.call_extern(dtype, symbol, *(place[lane] for place in places)), [lane])
-    return T.bind(places[0][whole])
 
 
 def _library(name: str) -> Scalar:
@@ -157,10 +142,6 @@ def _is_inf(x: Expr) -> Expr:
     return tirx.Or(tirx.EQ(x, limit), tirx.EQ(x, -limit))
 
 
-def _absolute(x: Expr) -> Expr:
-    return x if dtype_of(x).startswith("uint") else T.abs(x)
-
-
 def _round(node: fx.Node, operand: Operand) -> Expr:
     x = cast(operand(node.args[0]), _result(node))
     return T.nearbyint(x) if "float" in dtype_of(x) else x
@@ -194,7 +175,7 @@ def _scaled(value: Expr, alpha: Any, operand: Operand, dtype: torch.dtype) -> Ex
         alpha = operand(alpha)
     elif alpha == 1:
         return value
-    return value * splat(cast(alpha, dtype), lanes_of(value))
+    return multiply(value, splat(cast(alpha, dtype), lanes_of(value)))
 
 
 def _binary(function: Callable[[Expr, Expr], Expr]) -> Scalar:
@@ -214,18 +195,24 @@ def _pair(function: Callable[[Expr, Expr], Expr]) -> Scalar:
 def _reversed_sub(node: fx.Node, operand: Operand) -> Expr:
     dtype = _result(node)
     a, b = _operands(node, operand, dtype, 2)
-    return b - _scaled(a, argument(node, 2, "alpha", 1), operand, dtype)
+    return subtract(b, _scaled(a, argument(node, 2, "alpha", 1), operand, dtype))
 
 
 def _compare(function: Callable[[Expr, Expr], Expr]) -> Scalar:
-    return lambda node, operand: function(*_operands(node, operand, _common(node), 2))
+    """A comparison; one of floats is kept from TVM, which takes not (a < b) for b <= a, also of a NaN."""
+
+    def run(node: fx.Node, operand: Operand) -> Expr:
+        a, b = _operands(node, operand, _common(node), 2)
+        return keep(function(a, b)) if "float" in dtype_of(a) else function(a, b)
+
+    return run
 
 
 def _reflexive(function: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
     """A comparison that holds for equal values; TVM takes a value to equal itself, which a NaN does not."""
 
     def run(a: Expr, b: Expr) -> Expr:
-        return tirx.Not(T.isnan(a)) if a is b and "float" in dtype_of(a) else function(a, b)
+        return tirx.Not(T.isnan(a)) if same_float(a, b) else function(a, b)
 
     return run
 
@@ -240,10 +227,6 @@ def _bitwise(logical: Callable[[Expr, Expr], Expr], bits: Callable[[Expr, Expr],
         return (logical if dtype is torch.bool else bits)(*_operands(node, operand, dtype, 2))
 
     return run
-
-
-def _exclusive(a: Expr, b: Expr) -> Expr:
-    return tirx.Or(tirx.And(a, tirx.Not(b)), tirx.And(tirx.Not(a), b))
 
 
 def _ordered(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], Expr]:
@@ -268,63 +251,10 @@ def _skipping_nan(pick: Callable[[Expr, Expr], Expr]) -> Callable[[Expr, Expr], 
     return run
 
 
-def _safe_divisor(a: Expr, b: Expr) -> tuple[Expr, Expr, Expr, Expr]:
-    """Operands of an integer division that cannot trap: 0 and -1 are replaced by 1."""
-    a, b = keep(a), keep(b)
-    trap = tirx.EQ(b, zero(b)) if dtype_of(b).startswith("u") else tirx.Or(tirx.EQ(b, zero(b)), tirx.EQ(b, -one(b)))
-    return a, b, trap, keep(tirx.Select(trap, one(b), b))
-
-
-def _quotient(rounded: str) -> Callable[[Expr, Expr], Expr]:
-    """a / b rounded to an integer: ``floor`` or ``trunc``; an integer divided by 0 is 0 (PyTorch raises)."""
-
-    def run(a: Expr, b: Expr) -> Expr:
-        if "float" in dtype_of(a):
-            return T.trunc(divide(a, b)) if rounded == "trunc" else _floor_quotient(a, b)
-        a, b, trap, safe = _safe_divisor(a, b)
-        whole = T.truncdiv(a, safe) if rounded == "trunc" else T.floordiv(a, safe)
-        return tirx.Select(trap, tirx.Select(tirx.EQ(b, zero(b)), zero(a), zero(a) - a), whole)
-
-    return run
-
-
-def _floor_quotient(a: Expr, b: Expr) -> Expr:
-    """Python's a // b: from the exact remainder, as the quotient itself may be rounded up to a whole number."""
-    a, b = keep(a), keep(b)
-    rest = keep(libm("fmod", a, b))
-    exact = (a - rest) / b
-    below = tirx.And(tirx.NE(rest, zero(rest)), _exclusive(b < zero(b), rest < zero(rest)))
-    whole = keep(tirx.Select(below, exact - one(exact), exact))
-    half = splat(tirx.const(0.5, dtype_of(a)), lanes_of(a))
-    down = keep(T.floor(whole))
-    nearest = tirx.Select(whole - down > half, down + one(down), down)
-    by_zero = tirx.EQ(b, zero(b))
-    return tirx.Select(by_zero, a / b, tirx.Select(tirx.EQ(whole, zero(whole)), zero(whole) * (a / b), nearest))
-
-
-def _remainder(a: Expr, b: Expr) -> Expr:
-    """Python's a % b, with the sign of b."""
-    if "float" not in dtype_of(a):
-        a, b, trap, safe = _safe_divisor(a, b)
-        return tirx.Select(trap, zero(a), T.floormod(a, safe))
-    b = keep(b)
-    rest = keep(libm("fmod", a, b))
-    wrong = tirx.And(tirx.NE(rest, zero(rest)), _exclusive(b < zero(b), rest < zero(rest)))
-    return tirx.Select(wrong, rest + b, rest)
-
-
-def _c_remainder(a: Expr, b: Expr) -> Expr:
-    """C's a % b, with the sign of a."""
-    if "float" in dtype_of(a):
-        return libm("fmod", a, b)
-    a, b, trap, safe = _safe_divisor(a, b)
-    return tirx.Select(trap, zero(a), T.truncmod(a, safe))
-
-
 def _divided(node: fx.Node, operand: Operand) -> Expr:
     rounding = argument(node, 2, "rounding_mode")
     a, b = _operands(node, operand, _result(node), 2)
-    return divide(a, b) if rounding is None else _quotient(rounding)(a, b)
+    return divide(a, b) if rounding is None else quotient(rounding)(a, b)
 
 
 def _power(node: fx.Node, operand: Operand) -> Expr:
@@ -334,7 +264,7 @@ def _power(node: fx.Node, operand: Operand) -> Expr:
         x = keep(x) if exponent else x
         value = one(x)
         for _ in range(int(exponent)):
-            value = value * x
+            value = multiply(value, x)
         return value
     if exponent in (0.5, -0.5):
         root = T.sqrt(x)
@@ -405,49 +335,44 @@ def _clamp_max(node: fx.Node, operand: Operand) -> Expr:
     return _clamped(node, operand, None, argument(node, 1, "max"))
 
 
-def _add(a: Expr, b: Expr) -> Expr:
-    return a + b
-
-
-def _sub(a: Expr, b: Expr) -> Expr:
-    return a - b
-
-
-def _mul(a: Expr, b: Expr) -> Expr:
-    return a * b
-
-
-def divide(a: Expr, b: Expr) -> Expr:
-    """a / b of floating-point values; TVM refuses to fold a division by the constant 0, so that one is kept from it."""
-    number = b.value if isinstance(b, tirx.Broadcast) else b
-    return a / (keep(b) if isinstance(number, tirx.FloatImm) and not number.value else b)
-
-
 _AND = _bitwise(lambda a, b: tirx.And(a, b), lambda a, b: a & b)
 _OR = _bitwise(lambda a, b: tirx.Or(a, b), lambda a, b: a | b)
-_XOR = _bitwise(_exclusive, lambda a, b: a ^ b)
+_XOR = _bitwise(exclusive, lambda a, b: a ^ b)
 _LEFT, _RIGHT = _shift(T.shift_left), _shift(T.shift_right)
 _EQUAL, _DIFFERENT = _compare(_reflexive(lambda a, b: tirx.EQ(a, b))), _compare(not_equal)
 _LESS, _LESS_EQUAL = _compare(lambda a, b: a < b), _compare(_reflexive(lambda a, b: a <= b))
 _GREATER, _GREATER_EQUAL = _compare(lambda a, b: a > b), _compare(_reflexive(lambda a, b: a >= b))
 
+DIVISIONS = frozenset(
+    {
+        aten.div.Tensor_mode,
+        aten.div.Scalar_mode,
+        aten.floor_divide.default,
+        aten.fmod.Tensor,
+        aten.fmod.Scalar,
+        aten.remainder.Tensor,
+        aten.remainder.Scalar,
+    }
+)
+"""Ops that PyTorch refuses to do with an integer divisor of 0."""
+
 ELEMENTWISE: dict[Any, Scalar] = {
-    aten.add.Tensor: _binary(_add),
-    aten.add.Scalar: _binary(_add),
-    aten.sub.Tensor: _binary(_sub),
-    aten.sub.Scalar: _binary(_sub),
+    aten.add.Tensor: _binary(add),
+    aten.add.Scalar: _binary(add),
+    aten.sub.Tensor: _binary(subtract),
+    aten.sub.Scalar: _binary(subtract),
     aten.rsub.Scalar: _reversed_sub,
-    aten.mul.Tensor: _pair(_mul),
-    aten.mul.Scalar: _pair(_mul),
+    aten.mul.Tensor: _pair(multiply),
+    aten.mul.Scalar: _pair(multiply),
     aten.div.Tensor: _pair(divide),
     aten.div.Scalar: _pair(divide),
     aten.div.Tensor_mode: _divided,
     aten.div.Scalar_mode: _divided,
-    aten.floor_divide.default: _pair(_quotient("floor")),
-    aten.fmod.Tensor: _pair(_c_remainder),
-    aten.fmod.Scalar: _pair(_c_remainder),
-    aten.remainder.Tensor: _pair(_remainder),
-    aten.remainder.Scalar: _pair(_remainder),
+    aten.floor_divide.default: _pair(quotient("floor")),
+    aten.fmod.Tensor: _pair(c_remainder),
+    aten.fmod.Scalar: _pair(c_remainder),
+    aten.remainder.Tensor: _pair(remainder),
+    aten.remainder.Scalar: _pair(remainder),
     aten.maximum.default: _pair(_ordered(lambda a, b: T.max(a, b))),
     aten.minimum.default: _pair(_ordered(lambda a, b: T.min(a, b))),
     aten.fmax.default: _pair(_skipping_nan(lambda a, b: T.max(a, b))),
@@ -458,8 +383,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
     aten.pow.Tensor_Scalar: _power,
     aten.pow.Tensor_Tensor: _pair(lambda a, b: libm("pow", a, b)),
     aten.pow.Scalar: _pair(lambda a, b: libm("pow", a, b)),
-    aten.neg.default: _unary(lambda x: zero(x) - x if "int" in dtype_of(x) else -x),
-    aten.abs.default: _unary(_absolute),
+    aten.neg.default: _unary(negated),
+    aten.abs.default: _unary(absolute),
     aten.sign.default: _unary(_sign),
     aten.exp.default: _fast(vmath.exp, "exp"),
     aten.erf.default: _fast(vmath.erf, "erf"),
@@ -478,6 +403,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
     aten.expm1.default: _library("expm1"),
     aten.exp2.default: _library("exp2"),
     aten.erfc.default: _library("erfc"),
+    aten.lgamma.default: _library("lgamma"),
+    aten.nextafter.default: _pair(lambda a, b: libm("nextafter", a, b)),
     aten.sin.default: _library("sin"),
     aten.cos.default: _library("cos"),
     aten.tan.default: _library("tan"),
@@ -514,7 +441,7 @@ ELEMENTWISE: dict[Any, Scalar] = {
     aten.ge.Scalar: _GREATER_EQUAL,
     aten.logical_and.default: _logical(lambda a, b: tirx.And(a, b)),
     aten.logical_or.default: _logical(lambda a, b: tirx.Or(a, b)),
-    aten.logical_xor.default: _logical(_exclusive),
+    aten.logical_xor.default: _logical(exclusive),
     aten.logical_not.default: _not,
     aten.bitwise_not.default: _bitwise_not,
     aten.__and__.Tensor: _AND,
@@ -542,6 +469,8 @@ ELEMENTWISE: dict[Any, Scalar] = {
 
 def elementwise_reason(node: fx.Node) -> str | None:
     """Why an elementwise op has no expression for its operands, or None."""
+    if node.target is aten.nextafter.default and node.meta["val"].dtype not in (torch.float32, torch.float64):
+        return "the next number is native for float32 and float64 only"
     integers = not node.meta["val"].dtype.is_floating_point
     powers = (aten.pow.Tensor_Tensor, aten.pow.Scalar)
     if node.target in powers and integers:
