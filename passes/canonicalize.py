@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, LINEAR, VIEWS, argument, aten, is_random
+from planish.ops import ATTENTION, LINEAR, MATMUL, VIEWS, argument, aten, is_random
 from planish.passes.affine import fold_scale, fold_shift
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
@@ -46,16 +46,27 @@ _SHAPED = VIEWS - {aten.flip.default, aten.roll.default, aten.diagonal.default, 
 """Views that are told by the shapes (and orders of axes) alone."""
 
 
-@rule("identity removed", *_SHAPED, aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor, aten.div.Tensor)
+@rule(
+    "identity removed",
+    *_SHAPED,
+    aten.constant_pad_nd.default,
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+)
 def remove_identity(program: Program, node: fx.Node) -> fx.Node | None:
     """Drop an op that returns its operand.
 
-    before: ``reshape(x, shape of x)``, ``x + 0``, ``x * 1``, ``transpose(x, 1, 1)``, ``slice(x, 0, 0, size)``
+    before: ``reshape(x, shape of x)``, ``x + 0``, ``x * 1``, ``transpose(x, 1, 1)``, ``slice(x, 0, 0, size)``,
+            ``constant_pad_nd(x, [0, 0])``
     after:  ``x``
     """
     x = node.args[0]
     if not isinstance(x, fx.Node) or not _same_type(program, x, node):
         return None
+    if node.target is aten.constant_pad_nd.default:
+        return None if any(node.args[1]) else x  # pyright: ignore
     if node.target in _SHAPED:
         return x if _view_is_identity(program, node, x) else None
     neutral = 0 if node.target in (aten.add.Tensor, aten.sub.Tensor) else 1
@@ -82,15 +93,21 @@ def _view_is_identity(program: Program, node: fx.Node, x: fx.Node) -> bool:
     return node.target is not aten.slice.Tensor or argument(node, 4, "step", 1) == 1
 
 
-@rule("views cancelled", aten.transpose.int, aten.permute.default, aten.reshape.default, aten.expand.default)
+@rule(
+    "views cancelled",
+    *(aten.transpose.int, aten.permute.default, aten.reshape.default, aten.expand.default, aten.squeeze.dim),
+)
 def cancel_views(program: Program, node: fx.Node) -> fx.Node | None:
     """Make one view of two of a kind.
 
     before: ``transpose(transpose(x, 1, 2), 2, 1)``, ``permute(permute(x, p), q)``, ``reshape(reshape(x, s), t)``,
-            ``expand(expand(x, s), t)``
-    after:  ``x``, ``permute(x, p after q)``, ``reshape(x, t)``, ``expand(x, t)``
+            ``expand(expand(x, s), t)``, ``squeeze(unsqueeze(x, 0), 0)``
+    after:  ``x``, ``permute(x, p after q)``, ``reshape(x, t)``, ``expand(x, t)``, ``x``
     """
     x = node.args[0]
+    if node.target is aten.squeeze.dim and isinstance(x, fx.Node) and x.target is aten.unsqueeze.default:
+        rank = x.meta["val"].dim()
+        return x.args[0] if node.args[1] % rank == x.args[1] % rank else None  # pyright: ignore
     if not isinstance(x, fx.Node) or x.target is not node.target:
         return None
     source, graph, rank = x.args[0], program.module.graph, node.meta["val"].dim()
@@ -242,6 +259,24 @@ def fold_attention_scale(program: Program, node: fx.Node) -> fx.Node | Refuse | 
     return graph.call_function(ATTENTION, node.args[:6], {**node.kwargs, "scale": 1.0})
 
 
+@rule("product with a constant is a linear layer", MATMUL)
+def name_linear(program: Program, node: fx.Node) -> fx.Node | None:
+    """A linear layer's weight is packed when compiling, and its shift and scale fold into the weights.
+
+    before: ``bmm(x, w)``, w [1, k, n] constant
+    after:  ``unsqueeze(linear(squeeze(x, 0), transposed w), 0)``
+    """
+    x, w = node.args
+    assert isinstance(x, fx.Node)
+    assert isinstance(w, fx.Node)
+    if w.op != "get_attr" or w.meta["val"].shape[0] != 1 or node.meta["val"].dtype is not torch.float32:
+        return None
+    graph = program.module.graph
+    weight = add_constant(program.module, f"{w.target}_transposed", constant(program.module, w)[0].t().contiguous())
+    rows = graph.call_function(aten.squeeze.dim, (x, 0))
+    return graph.call_function(aten.unsqueeze.default, (graph.call_function(LINEAR, (rows, graph.get_attr(weight))), 0))
+
+
 RULES: tuple[Rule, ...] = (
     fold_constant,
     remove_identity,
@@ -249,6 +284,7 @@ RULES: tuple[Rule, ...] = (
     cancel_views,
     decide_comparison,
     drop_true,
+    name_linear,
     fold_attention_scale,
     fold_scale,
     fold_shift,

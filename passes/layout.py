@@ -72,6 +72,17 @@ def _rank(node: fx.Node) -> int:
     return node.meta["val"].dim()
 
 
+def _zeros_around(node: fx.Node, axes: range) -> list[list[int]] | None:
+    """How many zeros a ``constant_pad_nd`` puts before and after each of ``axes``; None if it does anything else."""
+    pads: list[Any] = list(node.args[1])  # pyright: ignore
+    sides = [pads[i : i + 2] for i in range(0, len(pads), 2)]  # the last axis first
+    sides = (sides + [[0, 0]] * _rank(node))[: _rank(node)][::-1]
+    elsewhere = any(p for axis, side in enumerate(sides) for p in side if axis not in axes)
+    if argument(node, 2, "value", 0) != 0 or elsewhere or any(not isinstance(p, int) or p < 0 for p in pads):
+        return None
+    return [sides[axis] for axis in axes]
+
+
 @dataclass
 class _Layout:
     """The rules; ``moving`` are the permutes and transposes to channels-first that this pass has made.
@@ -96,6 +107,7 @@ class _Layout:
             rule("permute moved below concatenation", self.concatenation, aten.cat.default),
             rule("permute moved below padding", self.padding, aten.constant_pad_nd.default),
             rule("padding folded into convolution", self.fold_padding, CONVOLUTION_LAST),
+            rule("padding of the model's input moved below", self.permute_padding, _PERMUTE),
             rule("permute moved below slice", self.slice, aten.slice.Tensor),
             rule("permute of single positions is a reshape", self.single, _PERMUTE, _RESHAPE),
             rule("positions merged with channels last", self.merged, _RESHAPE),
@@ -232,19 +244,35 @@ class _Layout:
         """before: ``planish::convolution(constant_pad_nd(y, [0, 0, left, right, top, bottom]), padding=[0, 0, 0, 0])``
         after:  ``planish::convolution(y, padding=[top, left, bottom, right])``
         """
-        x, conv = node.args[0], Convolution.of(node)
-        if not isinstance(x, fx.Node) or x.target is not aten.constant_pad_nd.default:
+        conv = Convolution.of(node)
+        if conv.x.target is not aten.constant_pad_nd.default:
             return None
-        pads: list[Any] = list(x.args[1])  # pyright: ignore
-        sides = [pads[i : i + 2] for i in range(0, len(pads), 2)]  # the last axis, which has the channels, first
-        sides = (sides + [[0, 0]] * _rank(x))[: _rank(x)][::-1]
-        zero = argument(x, 2, "value", 0) == 0 and sides[0] == sides[-1] == [0, 0]
-        if not zero or conv.transposed or any(not isinstance(p, int) or p < 0 for p in pads):
+        padded = _zeros_around(conv.x, range(1, _rank(conv.x) - 1))
+        if padded is None or conv.transposed:
             return Refuse("what is padded is not zeros around the positions of a convolution")
-        before = [p + s[0] for p, s in zip(conv.window.padding, sides[1:-1], strict=True)]
-        after = [p + s[1] for p, s in zip(conv.padding_after, sides[1:-1], strict=True)]
-        args = (x.args[0], *node.args[1:4], before + after, *node.args[5:])
+        before = [p + s[0] for p, s in zip(conv.window.padding, padded, strict=True)]
+        after = [p + s[1] for p, s in zip(conv.padding_after, padded, strict=True)]
+        args = (conv.x.args[0], *node.args[1:4], before + after, *node.args[5:])
         return program.module.graph.call_function(CONVOLUTION_LAST, args)  # pyright: ignore
+
+    def permute_padding(self, program: Program, node: fx.Node) -> fx.Node | None:
+        """before: ``permute(constant_pad_nd(x, [left, right, top, bottom]), to last)`` in front of a convolution
+        after:  ``constant_pad_nd(permute(x, to last), [0, 0, left, right, top, bottom])``
+        """
+        x, rank = node.args[0], _rank(node)
+        assert isinstance(x, fx.Node)
+        if x.target is not aten.constant_pad_nd.default or node.args[1] != _to_last(rank) or len(x.users) > 1:
+            return None
+        if not all(u.target is CONVOLUTION_LAST and u.args[0] is node for u in node.users):
+            return None
+        padded = _zeros_around(x, range(2, rank))
+        if padded is None:
+            return None
+        inner = self._last(program, x.args[0])  # pyright: ignore
+        pads = [0, 0, *(p for side in reversed(padded) for p in side)]
+        new = program.module.graph.call_function(x.target, (inner, pads, 0.0))
+        new.meta["val"] = node.meta["val"]  # inferred from its arguments, the op would fix every dynamic size
+        return new
 
     def slice(self, program: Program, node: fx.Node) -> fx.Node | None:
         """before: ``slice(permute(y), 1, a, b)``

@@ -333,6 +333,17 @@ def test_a_block_of_a_mobile_network(way: tuple[str, tuple[str, ...] | None]) ->
     compare(model, way, torch.randn(2, 3, 18, 14), dynamic={"x": dims}, more=(torch.randn(5, 3, 18, 14),))
 
 
+def test_padding_of_the_input_becomes_the_convolutions() -> None:
+    """Uneven zeros around the model's input do; other values, and zeros that something else reads, stay."""
+    x, names = torch.randn(2, 3, 9, 8), ("canonicalize", "choose-layout")
+    pad, stem = nn.ZeroPad2d((0, 1, 2, 1)), nn.Conv2d(3, 8, 3, 2)
+    assert not any("pad" in t for t in targets(rewritten(nn.Sequential(pad, stem), x, names=names)[0]))
+    ones = nn.Sequential(nn.ConstantPad2d(1, 1.0), stem)
+    assert any("pad" in t for t in targets(rewritten(ones, x, names=names)[0]))
+    read = bundle({"conv": nn.Sequential(pad, stem), "sum": nn.Sequential(pad, nn.Softmax(1))})
+    assert any("pad" in t for t in targets(rewritten(read, x, names=names)[0]))
+
+
 def test_what_blocks_a_permute_is_named() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

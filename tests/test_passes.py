@@ -111,6 +111,21 @@ def test_views_cancel_and_equal_nodes_merge() -> None:
     assert targets(program) == ["aten.relu.default", "aten.add.Tensor"]
 
 
+def test_a_product_with_a_constant_is_a_linear_layer() -> None:
+    """GPT-2's layers multiply by the weight as it stands; with a weight that is computed they stay products."""
+    turned = captured(lambda m, x: torch.addmm(m.b.bias, x, m.b.weight.T), torch.randn(3, 16), dynamic={"x": ROWS})
+    program, step = rewritten(turned, "canonicalize")
+    assert targets(program) == ["aten.linear.default"]
+    assert step.rewrites["product with a constant is a linear layer"] == 1
+    computed = captured(lambda m, x: x @ x.T, torch.randn(16, 16))
+    assert "aten.bmm.default" in targets(rewritten(computed, "canonicalize")[0])
+
+
+def test_padding_by_nothing_goes() -> None:
+    program = captured(lambda m, x: F.pad(F.pad(x, (0, 0, 0, 0)), (0, 1)), torch.randn(3, 8))
+    assert targets(rewritten(program, "canonicalize")[0]) == ["aten.constant_pad_nd.default"]
+
+
 def test_adding_zero_stays_for_floats() -> None:
     """-0.0 + 0 is 0.0: dropping it would change a bit."""
     program, _ = rewritten(captured(lambda m, x: torch.relu(x) + 0, torch.randn(4, 8)), "canonicalize")

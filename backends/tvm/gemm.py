@@ -22,6 +22,7 @@ from planish.backends.tvm.builder import (
     ceil_div,
     equal,
     i32,
+    keep,
     lanes_at,
     round_up,
     workspace,
@@ -298,7 +299,7 @@ class StageCode:
         for node in residuals:
             buffer = k.ev.sources[node].buffer
             with T.serial(0, count) as i:
-                start = (row + i) * self.stage.columns + column
+                start = keep((row + i) * self.stage.columns + column)
                 for v in range(vectors):
                     prefetch(T.address_of(buffer[start + v * k.lanes]), level=1)
 

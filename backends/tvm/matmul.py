@@ -58,17 +58,17 @@ def lower_matmul(module: Module, program: Program, region: Region, anchor: fx.No
         operands = _linear_operands(k, anchor) if anchor.target is LINEAR else _batched_operands(k, anchor)
         shape = k.ev.shape(anchor)
         columns = shape[-1]
-        rows = T.bind((product(shape[:-1]) if anchor.target is LINEAR else shape[-2]) + i32(0))
-        panels, chunks = T.bind(ceil_div(columns, width) + i32(0)), T.bind(ceil_div(rows, ROWS_PER_TASK))
-        items = T.bind(product(operands.lead) + i32(0))
+        rows = keep((product(shape[:-1]) if anchor.target is LINEAR else shape[-2]) + i32(0))
+        panels, chunks = keep(ceil_div(columns, width) + i32(0)), keep(ceil_div(rows, ROWS_PER_TASK))
+        items = keep(product(operands.lead) + i32(0))
         code = Product(k, anchor, operands, tile, out, k.ev.size(depth), columns, lanes)
         with T.parallel(0, items * panels * chunks) as task:
             memory = workspace(max(1, program.upper_bound(depth)) * width)
-            item, panel, chunk = (T.bind(i + i32(0)) for i in unflatten_index((items, panels, chunks), task))
-            at = tuple(T.bind(i + i32(0)) for i in unflatten_index(operands.lead, item)) if operands.lead else ()
-            row = T.bind(chunk * ROWS_PER_TASK)
-            count = T.bind(T.min(rows - row, ROWS_PER_TASK))
-            code.emit(memory, at, item, row, count, T.bind(panel * width))
+            item, panel, chunk = (keep(i + i32(0)) for i in unflatten_index((items, panels, chunks), task))
+            at = tuple(keep(i + i32(0)) for i in unflatten_index(operands.lead, item)) if operands.lead else ()
+            row = keep(chunk * ROWS_PER_TASK)
+            count = keep(T.min(rows - row, ROWS_PER_TASK))
+            code.emit(memory, at, item, row, count, keep(panel * width))
     m, n = product(program.shape(anchor)[:-1]), program.shape(anchor)[-1]
     assert k.function.func is not None
     return Lowered("matmul", k.function.func, k.operands, "matmul", (m, n, depth), sympy.Integer(2) * m * n * depth)
