@@ -241,7 +241,23 @@ def _batched(op: Any, rank: int) -> Any:
     return decompose
 
 
+def _gather(x: Tensor, dim: int, index: Tensor, *, sparse_grad: bool = False) -> Any:
+    """A number is gathered from as a row of one."""
+    return NotImplemented if x.dim() else x.reshape(1).gather(0, index.reshape(-1)).reshape(index.shape)
+
+
+def _index_select(x: Tensor, dim: int, index: Tensor) -> Any:
+    return NotImplemented if x.dim() else x.reshape(1).index_select(0, index.reshape(-1)).reshape(())
+
+
+def _unfold(x: Tensor, dim: int, size: int, step: int) -> Any:
+    return NotImplemented if x.dim() else x.reshape(1)[:size]
+
+
 TAIL: dict[Any, Any] = {
+    aten.gather.default: _gather,
+    aten.index_select.default: _index_select,
+    aten.unfold.default: _unfold,
     aten.max_pool2d.default: _batched(aten.max_pool2d.default, 4),
     aten.max_pool3d.default: _batched(aten.max_pool3d.default, 5),
     aten.bmm.default: _bmm,

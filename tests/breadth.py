@@ -333,6 +333,8 @@ GROUPS: dict[str, Group] = {
         {
             "elementwise": lambda x: (x + 1, x / 0, torch.stack([x, x])),
             "reductions": lambda x: (x.sum(-1), x.max(), x.argmax(), x.cumsum(0), x.softmax(-1)),
+            "gathers": lambda x: (x.gather(0, (x * 0).long()), x.gather(0, torch.zeros(3, dtype=torch.int64))),
+            "selected": lambda x: (x.index_select(0, (x * 0).long()), x.unfold(0, 1, 1), x.flip(0), x.roll(1)),
         },
         lambda: (torch.tensor(3.0),),
     ),

@@ -297,6 +297,9 @@ BOOL: dict[str, Function] = {
     "where_bools": lambda x, y: torch.where(x, y, torch.logical_not(y)),
     "rsub": lambda x, y: 1.0 - x.float(),
     "masked_fill": lambda x, y: x.masked_fill(y, True),
+    "full_like": lambda x, y: torch.full_like(x, -1) & y,
+    "sgn": lambda x, y: torch.sgn(x),
+    "sign_uint8": lambda x, y: torch.sign(x.to(torch.uint8)),
 }
 FAMILIES["bool"] = Family(BOOL, lambda a, b: tuple(t > 0 for t in integers(torch.int64)(a, b)), SIZES, BOTH)
 

@@ -118,7 +118,7 @@ def cast(value: Expr, dtype: torch.dtype) -> Expr:
     """Convert a value (or Python scalar) to a torch dtype."""
     kind = DTYPES[dtype]
     if isinstance(value, (bool, int, float)):
-        exact = torch.tensor(value, dtype=dtype).item() if dtype is torch.bfloat16 else value
+        exact = torch.tensor(value, dtype=dtype).item() if dtype in (torch.bfloat16, torch.bool) else value
         return tirx.const(float(exact) if dtype.is_floating_point else exact, kind)
     lanes = lanes_of(value)
     wanted = kind if lanes == 1 else f"{kind}x{lanes}"

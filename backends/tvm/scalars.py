@@ -117,6 +117,8 @@ def _sigmoid(x: Expr) -> Expr:
 
 def _sign(x: Expr) -> Expr:
     x = keep(x)
+    if dtype_of(x).startswith("u"):
+        return tirx.Select(x > zero(x), one(x), zero(x))
     signed = tirx.Select(x > zero(x), one(x), tirx.Select(x < zero(x), -one(x), zero(x)))
     return tirx.Select(T.isnan(x), zero(x), signed) if "float" in dtype_of(x) else signed
 
