@@ -105,9 +105,8 @@ def cancel_views(program: Program, node: fx.Node) -> fx.Node | None:
     after:  ``x``, ``permute(x, p after q)``, ``reshape(x, t)``, ``expand(x, t)``, ``x``
     """
     x = node.args[0]
-    if node.target is aten.squeeze.dim and isinstance(x, fx.Node) and x.target is aten.unsqueeze.default:
-        rank = x.meta["val"].dim()
-        return x.args[0] if node.args[1] % rank == x.args[1] % rank else None  # pyright: ignore
+    if node.target is aten.squeeze.dim:
+        return _unsqueezed(node)
     if not isinstance(x, fx.Node) or x.target is not node.target:
         return None
     source, graph, rank = x.args[0], program.module.graph, node.meta["val"].dim()
@@ -121,6 +120,16 @@ def cancel_views(program: Program, node: fx.Node) -> fx.Node | None:
         # -1 keeps the inner view's size, which the outer one alone would not know
         return None
     return graph.call_function(node.target, (source, node.args[1]))  # pyright: ignore
+
+
+def _unsqueezed(node: fx.Node) -> fx.Node | None:
+    """The tensor without the axis that ``squeeze`` takes away, if an unsqueeze has just put it there."""
+    x, axis = node.args
+    assert isinstance(x, fx.Node)
+    if x.target is not aten.unsqueeze.default:
+        return None
+    rank = x.meta["val"].dim()
+    return x.args[0] if axis % rank == x.args[1] % rank else None  # pyright: ignore
 
 
 def _keeps_sizes(node: fx.Node) -> bool:

@@ -121,6 +121,13 @@ def test_a_product_with_a_constant_is_a_linear_layer() -> None:
     assert "aten.bmm.default" in targets(rewritten(computed, "canonicalize")[0])
 
 
+def test_a_squeeze_meets_its_unsqueeze() -> None:
+    program = captured(lambda m, x: x.unsqueeze(1).squeeze(1).exp(), torch.randn(3, 8))
+    assert targets(rewritten(program, "canonicalize")[0]) == ["aten.exp.default"]
+    two = captured(lambda m, x: x.view(1, 1, 24).squeeze(0).squeeze(0).exp(), torch.randn(3, 8))
+    assert targets(rewritten(two, "canonicalize")[0]).count("aten.squeeze.dim") == 2
+
+
 def test_padding_by_nothing_goes() -> None:
     program = captured(lambda m, x: F.pad(F.pad(x, (0, 0, 0, 0)), (0, 1)), torch.randn(3, 8))
     assert targets(rewritten(program, "canonicalize")[0]) == ["aten.constant_pad_nd.default"]
