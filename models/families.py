@@ -15,7 +15,7 @@ import torch
 
 from planish.errors import MissingPackageError, UnknownNameError
 from planish.models.base import Batch
-from planish.models.seeded import configuration, transformer
+from planish.models.seeded import configuration, randomize, transformer
 from planish.program import Dim
 
 VOCABULARY = 128
@@ -274,6 +274,9 @@ def family(name: str) -> Family:
 def build(name: str) -> torch.nn.Module:
     """The family's model in eval mode, with the same random weights every time.
 
+    A model with batch norms gets weights and statistics that keep its activations of order one: as it starts training,
+    some of them come out as denormal numbers, which prove nothing.
+
     Raises:
         UnknownNameError: there is no such family.
         MissingPackageError: transformers is not installed.
@@ -282,7 +285,10 @@ def build(name: str) -> torch.nn.Module:
     if find_spec("transformers") is None:
         raise MissingPackageError(f"family {name!r} needs transformers", fix='pip install "planish[models]"')
     model_type = row.model_type or row.name
-    return transformer(row.auto or KINDS[row.kind].auto, model_type, {**_small(row, model_type), **row.config})
+    model = transformer(row.auto or KINDS[row.kind].auto, model_type, {**_small(row, model_type), **row.config})
+    if any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()):
+        randomize(model, seed=0)
+    return model
 
 
 def _small(row: Family, model_type: str) -> dict[str, Any]:
