@@ -120,7 +120,17 @@ def _search(
 
 
 def _bucketize(x: Tensor, boundaries: Tensor, *, out_int32: bool = False, right: bool = False) -> Tensor:
-    return _search(boundaries, x, out_int32=out_int32, right=right)
+    return _search(boundaries, x.reshape(-1), out_int32=out_int32, right=right).reshape(x.shape)
+
+
+def _as_strided(x: Tensor, size: list[int], stride: list[int], storage_offset: int | None = None) -> Any:
+    """A tensor's memory seen with other strides, where that memory is the tensor's elements in order."""
+    if not x.is_contiguous() or x.storage_offset():
+        return NotImplemented
+    place = torch.full([1] * len(size), storage_offset or 0)
+    for axis, (count, step) in enumerate(zip(size, stride, strict=True)):
+        place = place + (torch.arange(count) * step).reshape([-1 if a == axis else 1 for a in range(len(size))])
+    return torch.ops.aten.index.Tensor(x.reshape(-1), [place])
 
 
 def _masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
@@ -274,6 +284,7 @@ TAIL: dict[Any, Any] = {
     aten.searchsorted.Tensor: _search,
     aten.searchsorted.Scalar: lambda rows, value, **options: _search(rows, rows.new_full((), value), **options),
     aten.bucketize.Tensor: _bucketize,
+    aten.as_strided.default: _as_strided,
     aten.masked_scatter.default: _masked_scatter,
     aten.put.default: _put,
     aten.scatter_reduce.two: _scatter_reduce,

@@ -83,9 +83,9 @@ def _same_type(program: Program, a: fx.Node, b: fx.Node) -> bool:
 
 
 def _view_is_identity(program: Program, node: fx.Node, x: fx.Node) -> bool:
-    rank = node.meta["val"].dim()
+    rank = max(node.meta["val"].dim(), 1)  # a number counts as one axis
     if node.target is aten.permute.default:
-        return [d % rank for d in node.args[1]] == list(range(rank))  # pyright: ignore
+        return [d % rank for d in node.args[1]] == list(range(len(node.args[1])))  # pyright: ignore
     if node.target is aten.transpose.int:
         return node.args[1] % rank == node.args[2] % rank  # pyright: ignore
     if node.target is aten.t.default:
@@ -109,7 +109,7 @@ def cancel_views(program: Program, node: fx.Node) -> fx.Node | None:
         return _unsqueezed(node)
     if not isinstance(x, fx.Node) or x.target is not node.target:
         return None
-    source, graph, rank = x.args[0], program.module.graph, node.meta["val"].dim()
+    source, graph, rank = x.args[0], program.module.graph, max(node.meta["val"].dim(), 1)
     if node.target is aten.transpose.int:
         axes = {d % rank for d in node.args[1:3]}  # pyright: ignore
         return source if axes == {d % rank for d in x.args[1:3]} else None  # pyright: ignore

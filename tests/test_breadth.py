@@ -155,3 +155,18 @@ def test_a_projected_lstm_is_traced_by_torchs_rule() -> None:
     with torch.no_grad(), decompose.symbolic_steps():
         exported = torch.export.export(model, (x,))
     torch.testing.assert_close(exported.module()(x), model(x))
+
+
+@pytest.mark.parametrize("passes", [(), None], ids=["unfused", "default"])
+def test_numbers_without_axes_and_other_strides(passes: tuple[str, ...] | None) -> None:
+    model = Bundle(
+        {
+            "transposed": lambda x, n: n.transpose(0, -1).transpose(0, 0),
+            "bucket": lambda x, n: torch.bucketize(n, torch.tensor([0.0, 1.0, 2.0])),
+            "strided": lambda x, n: torch.as_strided(x, (2, 3), (1, 4), 2),
+            "one": lambda x, n: torch.as_strided(x, (), (), 5),
+        }
+    )
+    inputs = torch.arange(12.0).reshape(3, 4), torch.tensor(1.5)
+    native, want = planish.compile(model, inputs, passes=passes)(*inputs), model(*inputs)
+    torch.testing.assert_close(native, want, rtol=0, atol=0)

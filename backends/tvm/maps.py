@@ -73,6 +73,8 @@ def _permute(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
 
 
 def _transpose(ev: Evaluator, node: fx.Node, index: Index) -> tuple[Any, Index]:
+    if not index:  # of a number without axes
+        return node.args[0], index
     a, b = (d % len(index) for d in node.args[1:3])  # pyright: ignore
     swapped = list(index)
     swapped[a], swapped[b] = swapped[b], swapped[a]
