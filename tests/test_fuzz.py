@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, reject, settings
 from planish.errors import CaptureError, UnsupportedOpsError
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("part", [0, 1])
 @given(graph=graphs())
 @settings(derandomize=True, database=None, suppress_health_check=list(HealthCheck))
