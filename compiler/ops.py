@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
-import planish.custom_ops  # noqa: F401  (registers torch.ops.planish)
+import planish.custom_ops
+import planish.packing_ops  # noqa: F401  (both register torch.ops.planish)
 
 aten = torch.ops.aten
 planish_ops = torch.ops.planish

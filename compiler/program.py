@@ -73,6 +73,8 @@ class Program:
         example: tensors that the model was captured with, one per input, copies of the buffers for the state; empty for
             a part of a program.
         state: names of the model's mutable buffers, such as ``attention.cache``.
+        counts: dims that are counted in each call, not read from the inputs' shapes, with their upper bounds: the
+            tokens of a packed batch.
     """
 
     module: fx.GraphModule
@@ -83,6 +85,7 @@ class Program:
     example: tuple[torch.Tensor, ...]
     facts: frozenset[str] = field(default_factory=frozenset[str])
     state: tuple[str, ...] = ()
+    counts: dict[str, int | sympy.Expr] = field(default_factory=dict[str, "int | sympy.Expr"])
 
     @property
     def arguments(self) -> int:
