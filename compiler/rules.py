@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
+from planish.ops import aten
 from planish.pipeline import Refusal, Result
 from planish.program import Program
 from planish.verify import infer_values
@@ -91,3 +93,23 @@ def remove_dead(module: fx.GraphModule, result: Result | None = None) -> None:
     for name in [*module._parameters, *module._buffers, *module._modules]:
         if name not in read:
             delattr(module, name)
+
+
+def sizes_of(program: Program, node: fx.Node, operands: Sequence[fx.Node]) -> list[int | fx.Node] | None:
+    """The node's shape as ints and size nodes; sizes are read off operands that have them on the same axis."""
+    sizes: list[int | fx.Node] = []
+    shape = program.shape(node)
+    for axis, size in enumerate(shape):
+        if isinstance(size, int):
+            sizes.append(size)
+            continue
+        for x in operands:
+            own = program.shape(x) if isinstance(x.meta["val"], torch.Tensor) else ()
+            at = axis - len(shape) + len(own)
+            if at >= 0 and own[at] == size:
+                sizes.append(program.module.graph.call_function(aten.sym_size.int, (x, at)))
+                sizes[-1].meta["val"] = x.meta["val"].shape[at]
+                break
+        else:
+            return None
+    return sizes

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +10,10 @@ from torch import fx
 
 from planish.ops import ATTENTION, LINEAR, MATMUL, VIEWS, argument, aten, is_random
 from planish.passes.affine import fold_scale, fold_shift
+from planish.passes.gathers import gather_is_view
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
-from planish.rules import Refuse, Rule, apply_rules, rule
+from planish.rules import Refuse, Rule, apply_rules, rule, sizes_of
 from planish.targets import Target
 
 FOLD_LIMIT = 1 << 20
@@ -184,26 +184,6 @@ def _full(program: Program, like: fx.Node, value: bool) -> fx.Node:
     )
 
 
-def sizes_of(program: Program, node: fx.Node, operands: Sequence[fx.Node]) -> list[int | fx.Node] | None:
-    """The node's shape as ints and size nodes; sizes are read off operands that have them on the same axis."""
-    sizes: list[int | fx.Node] = []
-    shape = program.shape(node)
-    for axis, size in enumerate(shape):
-        if isinstance(size, int):
-            sizes.append(size)
-            continue
-        for x in operands:
-            own = program.shape(x) if isinstance(x.meta["val"], torch.Tensor) else ()
-            at = axis - len(shape) + len(own)
-            if at >= 0 and own[at] == size:
-                sizes.append(program.module.graph.call_function(aten.sym_size.int, (x, at)))
-                sizes[-1].meta["val"] = x.meta["val"].shape[at]
-                break
-        else:
-            return None
-    return sizes
-
-
 _AND = (aten.__and__.Tensor, aten.bitwise_and.Tensor, aten.logical_and.default)
 
 
@@ -293,6 +273,7 @@ RULES: tuple[Rule, ...] = (
     cancel_views,
     decide_comparison,
     drop_true,
+    gather_is_view,
     name_linear,
     fold_attention_scale,
     fold_scale,

@@ -20,10 +20,10 @@ from planish.conv_ops import (
     pool_window,
 )
 from planish.ops import CONVOLUTION, ELEMENTWISE, LINEAR, argument, aten
-from planish.passes.canonicalize import cancel_views, merge_equal, remove_identity, sizes_of
+from planish.passes.canonicalize import cancel_views, merge_equal, remove_identity
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
-from planish.rules import Refuse, Rewrite, Rule, apply_rules
+from planish.rules import Refuse, Rewrite, Rule, apply_rules, sizes_of
 from planish.targets import Target
 from planish.verify import fake_mode
 
