@@ -9,6 +9,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import sympy
 import torch
 from torch.export import ExportedProgram
 
@@ -21,7 +22,7 @@ from planish.errors import DimError, InputError, StateError, UnsupportedOpsError
 from planish.fallback import Coverage, CutSegments, check_fallback, compile_segments
 from planish.pipeline import Pass, Step, run_pass, run_pipeline
 from planish.plan import Call
-from planish.program import Dim, TensorSpec
+from planish.program import Dim, TensorSpec, evaluate
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
 from planish.state import State, StateSpec, lend
 from planish.targets import Target
@@ -89,6 +90,7 @@ class Compiled:
     signature: Signature
     inputs: tuple[TensorSpec, ...]
     dims: dict[str, Dim]
+    counts: Mapping[str, int | sympy.Expr]
     steps: tuple[Step, ...]
     state: StateSpec
     coverage: Coverage | None
@@ -250,7 +252,9 @@ class CompiledModel:
         count = program.arguments
         state = StateSpec(program.state, program.example[count:])
         inputs = program.inputs[:count]
-        compiled = Compiled(executable, signature, inputs, program.dims, tuple(steps), state, coverage)
+        compiled = Compiled(
+            executable, signature, inputs, program.dims, program.counts, tuple(steps), state, coverage
+        )
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -338,8 +342,12 @@ def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[st
 
 
 def _in_range(compiled: Compiled, dims: dict[str, int]) -> dict[str, int]:
+    """The sizes in order; a dim that is counted in the call gets its upper bound, which is what memory is laid out for."""
     sizes: dict[str, int] = {}
     for name, dim in compiled.dims.items():
+        if name in compiled.counts:
+            sizes[name] = evaluate(compiled.counts[name], sizes)
+            continue
         size = dims[name]
         if not dim.min <= size <= dim.max:
             raise DimError(

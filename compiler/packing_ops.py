@@ -4,7 +4,9 @@ A padded batch has B rows of S positions, and a mask that says which hold a toke
 row in the order they had; ``starts`` [B+1] says where each row begins, ``places`` [T] which position of the flattened
 batch (row * S + column) each token came from.
 
-If a guard fails, every position counts as a token, and the packed computation is the padded one.
+In a row whose mask has no token, or holds anything but 0 and 1, every position counts as a token, and what is computed
+for the row is what the padded batch would give. Attention still applies the mask, so more tokens than the mask's never
+change a result.
 """
 
 from __future__ import annotations
@@ -16,22 +18,14 @@ from torch.nn import functional
 
 @torch.library.custom_op("planish::token_starts", mutates_args=())
 def token_starts(mask: Tensor, keep: int, first: bool) -> Tensor:
-    """Where each row's tokens start in the packed batch; the last element is T.
+    """Where each row's tokens start in the packed batch, int64 [B+1]; the last element is T.
 
     Args:
         mask: [B, S], ``keep`` at tokens and ``1 - keep`` at padding.
         keep: 1 or 0.
-        first: whether the caller relies on a token at column 0 of each row.
-
-    Returns:
-        int64 [B+1]. Every position is a token if a guard fails: the mask holds another value, a row has no token, or
-        ``first`` is wanted and a row starts with padding.
+        first: whether column 0 counts as a token in every row, because somebody reads it.
     """
-    kept = mask == keep
-    binary = bool((kept | (mask == 1 - keep)).all())
-    filled = bool((kept[:, 0] if first else kept.any(1)).all())
-    counts = kept.sum(1) if binary and filled else torch.full((mask.shape[0],), mask.shape[1])
-    return functional.pad(counts.cumsum(0), (1, 0))
+    return functional.pad(_kept(mask, keep, first).sum(1).cumsum(0), (1, 0))
 
 
 @token_starts.register_fake
@@ -40,40 +34,50 @@ def _(mask: Tensor, keep: int, first: bool) -> Tensor:
 
 
 @torch.library.custom_op("planish::token_places", mutates_args=())
-def token_places(mask: Tensor, starts: Tensor, keep: int) -> Tensor:
-    """Position of each token in the flattened batch, int64 [T]; a row with S tokens has one at every position."""
-    return _kept(mask, starts, keep).flatten().nonzero().squeeze(1)
+def token_places(mask: Tensor, starts: Tensor, keep: int, first: bool) -> Tensor:
+    """Position of each token in the flattened batch, int64 [T]; the other arguments are those of ``token_starts``."""
+    return _kept(mask, keep, first).flatten().nonzero().squeeze(1)
 
 
 @token_places.register_fake
-def _(mask: Tensor, starts: Tensor, keep: int) -> Tensor:
+def _(mask: Tensor, starts: Tensor, keep: int, first: bool) -> Tensor:
     return mask.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
 
 
 @torch.library.custom_op("planish::token_slots", mutates_args=())
-def token_slots(mask: Tensor, starts: Tensor, keep: int, nearest: bool) -> Tensor:
+def token_slots(mask: Tensor, starts: Tensor, keep: int, first: bool, nearest: bool) -> Tensor:
     """Where in the packed batch each position's token lies, int64 [B, S].
 
     Padding has -1, or with ``nearest`` the token of its row that is nearest, the earlier one of two.
     """
-    kept = _kept(mask, starts, keep)
+    kept = _kept(mask, keep, first)
     slots = kept.flatten().cumsum(0).view(kept.shape) - 1
+    shown = (mask == keep) | ~_fits(mask, keep)
     if not nearest:
-        return slots.masked_fill(~kept, -1)
-    column = torch.arange(kept.shape[1])
-    before = torch.where(kept, column, -kept.shape[1]).cummax(1)[0]
-    after = torch.where(kept, column, 2 * kept.shape[1]).flip(1).cummin(1)[0].flip(1)
+        return slots.masked_fill(~shown, -1)
+    column, size = torch.arange(mask.shape[1]), mask.shape[1]
+    before = torch.where(shown, column, -size).cummax(1)[0]
+    after = torch.where(shown, column, 2 * size).flip(1).cummin(1)[0].flip(1)
     return slots.gather(1, torch.where(column - before <= after - column, before, after))
 
 
 @token_slots.register_fake
-def _(mask: Tensor, starts: Tensor, keep: int, nearest: bool) -> Tensor:
+def _(mask: Tensor, starts: Tensor, keep: int, first: bool, nearest: bool) -> Tensor:
     return mask.new_empty(mask.shape, dtype=torch.int64)
 
 
-def _kept(mask: Tensor, starts: Tensor, keep: int) -> Tensor:
-    """Which positions are tokens, bool [B, S]."""
-    return (mask == keep) | (starts.diff() == mask.shape[1]).unsqueeze(1)
+def _fits(mask: Tensor, keep: int) -> Tensor:
+    """Which rows have a token and nothing but 0 and 1 in the mask, bool [B, 1]."""
+    kept = mask == keep
+    return (kept.any(1) & (kept | (mask == 1 - keep)).all(1)).unsqueeze(1)
+
+
+def _kept(mask: Tensor, keep: int, first: bool) -> Tensor:
+    """Which positions count as tokens, bool [B, S]."""
+    kept = (mask == keep) | ~_fits(mask, keep)
+    if first:
+        kept[:, 0] = True
+    return kept
 
 
 @torch.library.custom_op("planish::segment_sum", mutates_args=())

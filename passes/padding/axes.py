@@ -152,15 +152,13 @@ class AxisMap:
                 if not atoms:
                     return None
                 atom = atoms.pop(0)
-                if isinstance(atom, int) and isinstance(size, int) and isinstance(product, int):
-                    left, rest = divmod(size, product)
-                    if rest or not left:
+                left = sympy.sympify(size) / product
+                if isinstance(atom, int) and left.is_number:
+                    if not left.is_Integer or (atom > left and atom % int(left)):
                         return None
                     if atom > left:
-                        if atom % left:
-                            return None
-                        atoms.insert(0, atom // left)
-                        atom = left
+                        atoms.insert(0, atom // int(left))
+                        atom = int(left)
                 axis.append(atom)
                 product = product * self.size(atom)
             result.append(tuple(axis))

@@ -97,13 +97,15 @@ class Packer:
         return self._once(("size", axis), lambda: self._call(aten.sym_size.int, mask, axis))
 
     @property
+    def rule(self) -> tuple[fx.Node, int, bool]:
+        """What says which positions count as tokens: the mask, its value there, and whether the first always does."""
+        first = any(self.liveness.first_token_axis(user) is not None for n in self.chosen for user in n.users)
+        return self.liveness.axes.mask, self.liveness.keep, first
+
+    @property
     def starts(self) -> fx.Node:
         """Where each row starts."""
-        first = any(
-            self.liveness.first_token_axis(user) is not None for node in self.chosen for user in node.users
-        )
-        mask, keep = self.liveness.axes.mask, self.liveness.keep
-        return self._once("starts", lambda: self._call(planish_ops.token_starts.default, mask, keep, first))
+        return self._once("starts", lambda: self._call(planish_ops.token_starts.default, *self.rule))
 
     @property
     def places(self) -> fx.Node:
@@ -111,8 +113,9 @@ class Packer:
         return self._once("places", self._make_places)
 
     def _make_places(self) -> fx.Node:
-        starts, axes, program = self.starts, self.liveness.axes, self.program
-        node = self._call(planish_ops.token_places.default, axes.mask, starts, self.liveness.keep)
+        axes, program = self.liveness.axes, self.program
+        mask, keep, first = self.rule
+        node = self._call(planish_ops.token_places.default, mask, self.starts, keep, first)
         name = _free_name("tokens", program.dims)
         mode = fake_mode(program)
         assert mode.shape_env is not None
@@ -146,10 +149,11 @@ class Packer:
     @property
     def slots(self) -> fx.Node:
         """Packed index of each position."""
-        mask, keep = self.liveness.axes.mask, self.liveness.keep
-        return self._once(
-            "slots", lambda: self._call(planish_ops.token_slots.default, mask, self.starts, keep, self.nearest)
-        )
+        return self._once("slots", self._make_slots)
+
+    def _make_slots(self) -> fx.Node:
+        mask, keep, first = self.rule
+        return self._call(planish_ops.token_slots.default, mask, self.starts, keep, first, self.nearest)
 
     @property
     def order(self) -> fx.Node:
