@@ -15,6 +15,7 @@ planish_ops = torch.ops.planish
 
 LINEAR = aten.linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
+VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default
 
 ROWS = frozenset({LAYER_NORM, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
@@ -63,6 +64,13 @@ SCATTERS = frozenset(
 
 RECURRENCES = frozenset({planish_ops.lstm_layer.default, planish_ops.gru_layer.default})
 """One direction of one recurrent layer, over all time steps."""
+
+PACKING = frozenset(
+    {planish_ops.token_starts.default, planish_ops.token_places.default, planish_ops.token_slots.default}
+)
+"""Where the tokens of a padded batch lie in the packed one."""
+
+SEGMENT_SUM = planish_ops.segment_sum.default
 
 VIEWS = frozenset(
     {

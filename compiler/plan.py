@@ -8,10 +8,19 @@ from dataclasses import dataclass, field
 
 import sympy
 
-from planish.program import evaluate
+from planish.program import Program, evaluate
 
 ALIGN = 64
 """Alignment in bytes of every buffer in an arena or blob: one cache line, one AVX-512 register."""
+
+HEAD = ALIGN
+"""Bytes at the start of an arena: int32 words, first the status, then the counted dims of the program."""
+
+
+def count_word(program: Program, name: str) -> int:
+    """The word in the head of the arena that holds a counted dim."""
+    return 1 + list(program.counts).index(name)
+
 
 Size = int | sympy.Expr
 
@@ -26,12 +35,15 @@ class Buffer:
             ``arena``.
         itemsize: bytes per element.
         shape: sizes, possibly over dim names.
+        addresses: whether its integers may address memory: it then keeps its place to the end of the call, so that a
+            kernel can be run again alone.
     """
 
     name: str
     kind: str
     itemsize: int
     shape: tuple[Size, ...]
+    addresses: bool = False
 
     def nbytes(self, dims: Mapping[str, int]) -> int:
         """Bytes for the given sizes of the dims."""
@@ -77,7 +89,8 @@ class Plan:
         for step, call in enumerate(self.calls):
             for b in call.operands:
                 if self.buffers[b].kind == "arena":
-                    spans[b] = (spans.get(b, (step, step))[0], step)
+                    last = len(self.calls) - 1 if self.buffers[b].addresses else step
+                    spans[b] = (spans.get(b, (step, step))[0], last)
         return spans
 
     def state_updates(self) -> list[str]:

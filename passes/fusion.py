@@ -19,7 +19,9 @@ from planish.ops import (
     MATMUL,
     REDUCTIONS,
     ROWS,
+    VARLEN,
     VIEWS,
+    argument,
     aten,
     short_name,
 )
@@ -82,7 +84,7 @@ def _is_anchor(node: fx.Node) -> bool:
     if node.target in CONVOLUTIONS | {LINEAR}:
         weight = node.args[1]
         return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_float(node)
-    return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, MATMUL} and _is_float(node)
+    return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, VARLEN, MATMUL} and _is_float(node)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -111,8 +113,9 @@ class _Fusion:
         elif anchor.target in WINDOWS:
             self._read_through(group, anchor.args[:1])
             self._follow(group)
-        elif anchor.target is ATTENTION:
-            self._read_through(group, [a for a in anchor.args[:4] if isinstance(a, fx.Node)])
+        elif anchor.target in (ATTENTION, VARLEN):
+            mask = anchor.args[6] if anchor.target is VARLEN else argument(anchor, 3, "attn_mask")
+            self._read_through(group, [*anchor.args[:3], mask])
             self._follow_views(group)
         elif anchor.target is MATMUL:
             self._read_through(group, anchor.args[:2])

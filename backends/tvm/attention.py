@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,7 @@ from planish.backends.tvm.index import flat_index, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel
 from planish.backends.tvm.maps import PUSH
 from planish.backends.tvm.microkernel import Tile, attention_tile, call_tile
-from planish.ops import argument
+from planish.ops import VARLEN, argument
 from planish.program import Program
 
 Index = tuple[Expr, ...]
@@ -81,6 +82,66 @@ def result_matrix(ev: Evaluator, region: Region, attention: fx.Node, out: Any) -
     return Matrix(out, tuple(lead), stride, offset) if equal(column, 1) else None
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What an attention op says about its scores, whichever op it is.
+
+    Attributes:
+        mask: added to the scores, or bool; None where all keys are seen.
+        causal: whether a query sees keys up to its own column only.
+        scale: of the scores.
+    """
+
+    mask: fx.Node | None
+    causal: bool
+    scale: float
+
+    @staticmethod
+    def of(attention: fx.Node) -> Terms:
+        """The terms of ``scaled_dot_product_attention`` or ``planish::varlen_attention``."""
+        packed = attention.target is VARLEN
+        mask = argument(attention, 6 if packed else 3, "attn_mask")
+        causal = bool(argument(attention, 9 if packed else 5, "is_causal", False))
+        scale = argument(attention, 10 if packed else 6, "scale")
+        depth = int(attention.args[0].meta["val"].shape[-1])  # pyright: ignore
+        return Terms(mask if isinstance(mask, fx.Node) else None, causal, float(depth**-0.5 if scale is None else scale))
+
+
+@dataclass(frozen=True)
+class Block:
+    """Sizes that the kernel of an attention op works in.
+
+    Attributes:
+        tile: register block.
+        depth: of queries and keys.
+        width: of values.
+        keys: most keys whose scores, transposed keys and copied values are at hand together: they fill at most half the
+            second-level cache.
+        queries: most queries that a block of keys serves before it is copied again.
+    """
+
+    tile: Tile
+    depth: int
+    width: int
+    keys: int
+    queries: int = 1024
+
+    @staticmethod
+    def of(module: Module, attention: fx.Node, most: int) -> Block:
+        """The block for at most ``most`` keys."""
+        tile, lanes = attention_tile(module.target), module.target.lanes
+        depth, width = (int(attention.args[i].meta["val"].shape[-1]) for i in (0, 2))  # pyright: ignore
+        panel = tile.vectors * lanes
+        fitting = module.target.l2_bytes // 2 // (4 * (depth + tile.rows + 1 + -(-width // lanes) * lanes))
+        keys = min(round_up(most, panel), max(1, fitting // panel) * panel)
+        return Block(tile, depth, width, keys)
+
+    def scratch(self, lanes: int) -> int:
+        """Elements of a task's scratch memory."""
+        pitch = -(-self.width // lanes) * lanes
+        return self.keys * (self.depth + self.tile.rows + 1 + pitch) + self.tile.rows * pitch + 2 * self.queries
+
+
 def lower_attention(module: Module, program: Program, region: Region, attention: fx.Node) -> Lowered:
     """Kernel of a region around attention whose operands and result have contiguous columns (``lower.py`` sees to it).
 
@@ -92,149 +153,70 @@ def lower_attention(module: Module, program: Program, region: Region, attention:
     q, key, value = attention.args[:3]
     assert isinstance(q, fx.Node)
     assert isinstance(key, fx.Node)
-    assert isinstance(value, fx.Node)
-    tile = attention_tile(module.target)
-    depth, width = int(q.meta["val"].shape[-1]), int(value.meta["val"].shape[-1])
-    keys = program.shape(key)[-2]
+    keys, queries = program.shape(key)[-2], program.shape(q)[-2]
     most = program.upper_bound(keys)
-    panel = tile.vectors * module.target.lanes
-    per_key = depth + tile.rows + 1 + -(-width // module.target.lanes) * module.target.lanes
+    block = Block.of(module, attention, most)
     with kernel(module, program, region) as (k, out, _):
-        operands = [matrix(k.ev, n) for n in (q, key, value)]
-        result = result_matrix(k.ev, region, attention, out)
-        assert result is not None
-        qm, km, vm = (m for m in operands if m is not None)
+        places = [matrix(k.ev, n) for n in (q, key, value)]  # pyright: ignore
+        places.append(result_matrix(k.ev, region, attention, out))
         shape = k.ev.shape(attention)
         items: Expr = i32(1)
         for s in shape[:-2]:
             items = items * s
         items = T.bind(items)
-        n_keys, n_queries = k.ev.shape(key)[-2], shape[-2]
-        padded = T.bind(round_up(n_keys, panel))
         with T.parallel(0, TASKS) as task:
-            buffer = workspace(per_key * (most + panel))
-            item = Item(k, attention, tile, buffer, qm, km, vm, result, depth, width, n_keys, n_queries)
+            buffer = workspace(block.scratch(k.lanes))
             with T.serial(0, T.max(ceil_div(items - task, TASKS), 0)) as n:
-                index = unflatten_index(shape[:-2], T.bind(task + n * TASKS))
-                item.emit(tuple(T.bind(i + i32(0)) for i in index), padded)
-    queries = program.shape(q)[-2]
+                index = tuple(T.bind(i + i32(0)) for i in unflatten_index(shape[:-2], T.bind(task + n * TASKS)))
+                scores = Scores(k, Terms.of(attention), index)
+                bases = [T.bind(m.base(index)) for m in places if m is not None]
+                strides = [m.stride for m in places if m is not None]
+                buffers = [m.buffer for m in places if m is not None]
+                operands = [Rows(b, at, s) for b, at, s in zip(buffers, bases, strides, strict=True)]
+                item = Item(k, block, buffer, scores, operands[0], operands[1], operands[2], operands[3])
+                item.emit(k.ev.shape(key)[-2], shape[-2], single=most <= block.keys)
     total = sympy.prod(program.shape(attention)[:-2])
-    flops = 2 * total * queries * keys * (depth + width)
+    flops = 2 * total * queries * keys * (block.depth + block.width)
     assert k.function.func is not None
-    return Lowered("attention", k.function.func, k.operands, "attention", (*program.shape(q)[:-1], keys, depth), flops)
+    sizes = (*program.shape(q)[:-1], keys, block.depth)
+    return Lowered("attention", k.function.func, k.operands, "attention", sizes, flops)
 
 
 @dataclass(frozen=True)
-class Item:
-    """Code for one (batch, head).
+class Rows:
+    """A matrix in memory: first element, elements between rows; columns are contiguous."""
 
-    Scratch of a task: k panels [depth, padded], scores [rows, padded], mask [padded], v [padded, width in vectors].
+    buffer: Any
+    base: Expr
+    stride: Expr
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What is added to the scores of one (batch, head).
+
+    Attributes:
+        lead: index of the batch and the head.
+        query_column: column of a query in the mask, from its number; None where they are the same.
+        key_column: column of a key; read one by one.
     """
 
     k: Kernel
-    attention: fx.Node
-    tile: Tile
-    scratch: Any
-    q: Matrix
-    key: Matrix
-    value: Matrix
-    out: Matrix
-    depth: int
-    width: int
-    keys: Expr
-    queries: Expr
+    terms: Terms
+    lead: Index
+    query_column: Callable[[Expr], Expr] | None = None
+    key_column: Callable[[Expr], Expr] | None = None
 
     @property
-    def panel(self) -> int:
-        """Keys per panel."""
-        return self.tile.vectors * self.k.lanes
+    def lanes(self) -> int:
+        """How many keys are handled at a time."""
+        return self.k.lanes if self.key_column is None else 1
 
-    def emit(self, index: Index, padded: Expr) -> None:
-        """Statements for the item at the leading ``index``."""
-        k_base, v_base = T.bind(self.key.base(index)), T.bind(self.value.base(index))
-        q_base, o_base = T.bind(self.q.base(index)), T.bind(self.out.base(index))
-        scores = T.bind(padded * self.depth)
-        mask = T.bind(scores + padded * self.tile.rows)
-        values = T.bind(mask + padded)
-        self.pack_keys(k_base, padded)
-        self.pack_values(values, v_base)
-        per_row = self.mask_depends_on_row()
-        if not per_row:
-            self.fill_mask(mask, index, i32(0), padded)
-        with T.serial(0, ceil_div(self.queries, self.tile.rows)) as t:
-            row = T.bind(t * self.tile.rows)
-            left = T.bind(self.queries - row)
-            rows = T.bind(T.min(left, self.tile.rows))
-            with T.serial(0, T.floordiv(padded, self.panel)) as p:
-                a = T.address_of(self.q.buffer[q_base + row * self.q.stride])
-                b = T.address_of(self.scratch[p * (self.depth * self.panel)])
-                c = T.address_of(self.scratch[scores + p * self.panel])
-                sizes = (self.q.stride, i32(self.panel), padded, i32(self.depth))
-                call_tile(self.k.module, self.tile, left, (a, b, c, b), sizes, vectors=self.tile.vectors)
-            inverse = T.alloc_buffer((self.tile.rows,), "float32")
-            with T.serial(0, rows) as r:
-                if per_row:
-                    self.fill_mask(mask, index, T.bind(row + r), padded)
-                T.buffer_store(inverse, self.softmax(T.bind(scores + r * padded), mask, padded), [r])
-            self.weigh_values(values, scores, o_base, row, left, padded)
-            with T.serial(0, rows) as r:
-                at = T.bind(o_base + (row + r) * self.out.stride)
-                scale = T.bind(inverse[r])
-                for start, count in for_vectors(self.width, self.k.lanes):
-                    place = lanes_at(at + start, count)
-                    T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(scale, count), [place])
-
-    def pack_keys(self, k_base: Expr, padded: Expr) -> None:
-        """Keys as [panel of keys][depth][key], times scale and log2(e); the last key is repeated up to a whole panel.
-
-        With log2(e) in the scores the softmax can use powers of two.
-        """
-        lanes = self.k.lanes
-        scale = argument(self.attention, 6, "scale")
-        scale = vmath.LOG2E * float(self.depth**-0.5 if scale is None else scale)
-
-        def key(j: Expr) -> Expr:
-            return T.bind(k_base + T.min(j, self.keys - 1) * self.key.stride)
-
-        def place(j: Expr, d: Expr) -> Expr:
-            return T.floordiv(j, self.panel) * (self.depth * self.panel) + T.floormod(j, self.panel) + d * self.panel
-
-        with T.serial(0, T.floordiv(padded, lanes)) as block:
-            first = T.bind(block * lanes)
-            rows = [key(first + j) for j in range(lanes)]
-            with T.serial(0, self.depth // lanes) as columns:
-                at = T.bind(columns * lanes)
-                tile = [T.bind(self.key.buffer[lanes_at(row + at, lanes)]) for row in rows]
-                for d, vector in enumerate(transpose(tile, lanes)):
-                    T.buffer_store(self.scratch, vector * splat(scale, lanes), [lanes_at(place(first, at + d), lanes)])
-            with T.serial(0, self.depth % lanes) as d:
-                column = T.bind(d + self.depth // lanes * lanes)
-                for j, row in enumerate(rows):
-                    T.buffer_store(self.scratch, self.key.buffer[row + column] * f32(scale), [place(first + j, column)])
-
-    @property
-    def pitch(self) -> int:
-        """Elements between the copied rows of v."""
-        return -(-self.width // self.k.lanes) * self.k.lanes
-
-    def pack_values(self, values: Expr, v_base: Expr) -> None:
-        """Copy v's rows next to each other: in place they may share few cache sets."""
-        with T.serial(0, self.keys) as j:
-            row = T.bind(v_base + j * self.value.stride)
-            for start, count in for_vectors(self.width, self.k.lanes):
-                value = self.value.buffer[lanes_at(row + start, count)]
-                T.buffer_store(self.scratch, value, [lanes_at(values + j * self.pitch + start, count)])
-
-    def mask_node(self) -> fx.Node | None:
-        """The mask operand."""
-        mask = argument(self.attention, 3, "attn_mask")
-        return mask if isinstance(mask, fx.Node) else None
-
-    def mask_depends_on_row(self) -> bool:
-        """Whether the mask differs between query rows: causal, or read from memory by query."""
-        if argument(self.attention, 5, "is_causal", False):
+    def by_row(self) -> bool:
+        """Whether they differ between query rows: causal, or read from memory by query."""
+        if self.terms.causal:
             return True
-        mask = self.mask_node()
+        mask = self.terms.mask
         if mask is None:
             return False
         shape = self.k.ev.shape(mask)
@@ -243,23 +225,16 @@ class Item:
         found = self.k.ev.affine(mask, index, over)
         return found is None or not equal(found[1][len(shape) - 2], 0)
 
-    def fill_mask(self, mask: Expr, index: Index, row: Expr, padded: Expr) -> None:
-        """What is added to the scores of a query row: the mask, and -inf beyond the last key."""
-        lanes = self.k.lanes
-        for start, count in for_vectors(self.keys, lanes):
-            T.buffer_store(self.scratch, self.mask_value(index, row, start, count), [lanes_at(mask + start, count)])
-        with T.serial(0, padded - self.keys) as j:
-            T.buffer_store(self.scratch, f32(float("-inf")), [mask + self.keys + j])
-
-    def mask_value(self, index: Index, row: Expr, start: Expr, lanes: int) -> Expr:
-        """The additive mask at keys ``start ..`` of one row, times log2(e)."""
-        column = lanes_at(start, lanes)
+    def value(self, query: Expr, key: Expr, lanes: int) -> Expr:
+        """The additive mask at keys ``key ..`` of a query, times log2(e)."""
+        row = query if self.query_column is None else self.query_column(query)
+        column = lanes_at(key, lanes) if self.key_column is None else self.key_column(key)
         hidden = splat(float("-inf"), lanes)
         value: Expr = splat(0.0, lanes)
-        node = self.mask_node()
+        node = self.terms.mask
         if node is not None:
             shape = self.k.ev.shape(node)
-            full = (*index, row, column)[len(index) + 2 - len(shape) :]
+            full = (*self.lead, row, column)[len(self.lead) + 2 - len(shape) :]
             at = tuple(0 if as_int(s) == 1 else i for s, i in zip(shape, full, strict=True))
             value = splat(self.k.ev.at(node, at), lanes)
             if "float" in str(value.ty):
@@ -268,40 +243,236 @@ class Item:
                 value = tirx.Select(tirx.EQ(value, hidden), hidden, finite)
             else:
                 value = tirx.Select(value, splat(0.0, lanes), hidden)
-        if argument(self.attention, 5, "is_causal", False):
+        if self.terms.causal:
             value = tirx.Select(column <= splat(row, lanes), value, hidden)
         return value
 
-    def softmax(self, at: Expr, mask: Expr, padded: Expr) -> Expr:
-        """Exponentials of a strip row in place; returns the reciprocal of their sum, 0 for a row that sees no key."""
-        lanes = self.k.lanes
+
+@dataclass(frozen=True)
+class Item:
+    """Code for one (batch, head).
+
+    Keys come in blocks. Of each query the sum so far is kept as a mantissa and a power of two: the weights are
+    2^(score - n), n the greatest score so far, rounded. When a block raises n, what there is is scaled by a power of
+    two, which is exact (Dukhan and Ablavatski, arXiv 2001.04438).
+
+    Scratch of a task, for a block of keys: k panels [depth, keys], scores [rows, keys], mask [keys], v [keys, width in
+    vectors]; then a tile of results [rows, width in vectors], and for each query n and the sum.
+    """
+
+    k: Kernel
+    block: Block
+    scratch: Any
+    scores: Scores
+    q: Rows
+    key: Rows
+    value: Rows
+    out: Rows
+
+    @property
+    def panel(self) -> int:
+        """Keys per panel."""
+        return self.block.tile.vectors * self.k.lanes
+
+    @property
+    def pitch(self) -> int:
+        """Elements between the copied rows of v."""
+        return -(-self.block.width // self.k.lanes) * self.k.lanes
+
+    def place(self, part: str) -> int:
+        """Where a part of the scratch memory begins."""
+        keys, rows, depth = self.block.keys, self.block.tile.rows, self.block.depth
+        sizes = {
+            "keys": keys * depth,
+            "scores": keys * rows,
+            "mask": keys,
+            "values": keys * self.pitch,
+            "tile": rows * self.pitch,
+            "power": self.block.queries,
+            "sum": self.block.queries,
+        }
+        names = list(sizes)
+        return sum(sizes[name] for name in names[: names.index(part)])
+
+    def emit(self, keys: Expr, queries: Expr, *, single: bool) -> None:
+        """Statements for the item; with ``single`` its keys are known to fit one block."""
+        block = self.block
+        with T.serial(0, ceil_div(queries, block.queries)) as part:
+            first = T.bind(part * block.queries)
+            rows = T.bind(T.min(queries - first, block.queries))
+            if single:
+                self._keys(first, rows, i32(0), T.bind(keys + i32(0)), started=False, last=True)
+            else:
+                self._blocks(first, rows, keys)
+
+    def _blocks(self, first: Expr, rows: Expr, keys: Expr) -> None:
+        """All blocks of keys for a chunk of queries."""
+        size = self.block.keys
+        with T.serial(0, ceil_div(keys, size)) as j:
+            begin = T.bind(j * size)
+            count = T.bind(T.min(keys - begin, size))
+            with T.If(tirx.EQ(j, i32(0))):
+                with T.Then():
+                    self._keys(first, rows, begin, count, started=False, last=False)
+                with T.Else():
+                    self._keys(first, rows, begin, count, started=True, last=False)
+        with T.serial(0, rows) as r:
+            self._scale(T.bind(first + r), _reciprocal(T.bind(self.scratch[self.place("sum") + r])))
+
+    def _keys(self, first: Expr, rows: Expr, begin: Expr, count: Expr, *, started: bool, last: bool) -> None:
+        """A block of keys for a chunk of queries: added to what is there if ``started``, divided if it is the last."""
+        tile = self.block.tile
+        padded = T.bind(round_up(count, self.panel))
+        self.pack_keys(begin, count, padded)
+        self.pack_values(begin, count)
+        by_row = self.scores.by_row()
+        if not by_row:
+            self.fill_mask(i32(0), begin, count, padded)
+        with T.serial(0, ceil_div(rows, tile.rows)) as t:
+            row = T.bind(first + t * tile.rows)
+            left = T.bind(rows - t * tile.rows)
+            here = T.bind(T.min(left, tile.rows))
+            with T.serial(0, T.floordiv(padded, self.panel)) as p:
+                a = T.address_of(self.q.buffer[self.q.base + row * self.q.stride])
+                b = T.address_of(self.scratch[self.place("keys") + p * (self.block.depth * self.panel)])
+                c = T.address_of(self.scratch[self.place("scores") + p * self.panel])
+                sizes = (self.q.stride, i32(self.panel), padded, i32(self.block.depth))
+                call_tile(self.k.module, tile, left, (a, b, c, b), sizes, vectors=tile.vectors)
+            factor = T.alloc_buffer((tile.rows,), "float32")
+            with T.serial(0, here) as r:
+                if by_row:
+                    self.fill_mask(T.bind(row + r), begin, count, padded)
+                scale = self._weigh(T.bind(row - first + r), r, padded, started=started, last=last)
+                if scale is not None:
+                    T.buffer_store(factor, scale, [r])
+            self.weigh_values(row, left, count, padded, started=started)
+            if started:
+                with T.serial(0, here) as r:
+                    self._add(T.bind(row + r), r, T.bind(factor[r]))
+            elif last:
+                with T.serial(0, here) as r:
+                    self._scale(T.bind(row + r), T.bind(factor[r]))
+
+    def _weigh(self, query: Expr, r: Expr, padded: Expr, *, started: bool, last: bool) -> Expr | None:
+        """Turn a strip row into weights; returns what the result so far (or, if it is the last block, the new one) is
+        to be multiplied by."""
+        powers, sums = self.place("power") + query, self.place("sum") + query
+        at = T.bind(self.place("scores") + r * padded)
+        highest = T.bind(T.nearbyint(self._add_mask(at, padded)))
+        if started:
+            before = T.bind(self.scratch[powers])
+            highest = T.bind(T.max(before, highest))
+        total = self.softmax(at, highest, padded)
+        if last:
+            return _reciprocal(total)
+        scale = None
+        if started:
+            scale = T.bind(vmath.exp2_clamped(before - highest))
+            total = T.bind(self.scratch[sums] * scale + total)
+        T.buffer_store(self.scratch, highest, [powers])
+        T.buffer_store(self.scratch, total, [sums])
+        return scale
+
+    def pack_keys(self, begin: Expr, count: Expr, padded: Expr) -> None:
+        """Keys as [panel of keys][depth][key], times scale and log2(e); the last key is repeated up to a whole panel.
+
+        With log2(e) in the scores the softmax can use powers of two.
+        """
+        lanes, depth = self.k.lanes, self.block.depth
+        scale = vmath.LOG2E * self.scores.terms.scale
+
+        def key(j: Expr) -> Expr:
+            return T.bind(self.key.base + (begin + T.min(j, count - 1)) * self.key.stride)
+
+        def place(j: Expr, d: Expr) -> Expr:
+            return T.floordiv(j, self.panel) * (depth * self.panel) + T.floormod(j, self.panel) + d * self.panel
+
+        with T.serial(0, T.floordiv(padded, lanes)) as block:
+            first = T.bind(block * lanes)
+            rows = [key(first + j) for j in range(lanes)]
+            with T.serial(0, depth // lanes) as columns:
+                at = T.bind(columns * lanes)
+                tile = [T.bind(self.key.buffer[lanes_at(row + at, lanes)]) for row in rows]
+                for d, vector in enumerate(transpose(tile, lanes)):
+                    T.buffer_store(self.scratch, vector * splat(scale, lanes), [lanes_at(place(first, at + d), lanes)])
+            with T.serial(0, depth % lanes) as d:
+                column = T.bind(d + depth // lanes * lanes)
+                for j, row in enumerate(rows):
+                    T.buffer_store(self.scratch, self.key.buffer[row + column] * f32(scale), [place(first + j, column)])
+
+    def pack_values(self, begin: Expr, count: Expr) -> None:
+        """Copy v's rows next to each other: in place they may share few cache sets."""
+        with T.serial(0, count) as j:
+            row = T.bind(self.value.base + (begin + j) * self.value.stride)
+            for start, lanes in for_vectors(self.block.width, self.k.lanes):
+                value = self.value.buffer[lanes_at(row + start, lanes)]
+                place = lanes_at(self.place("values") + j * self.pitch + start, lanes)
+                T.buffer_store(self.scratch, value, [place])
+
+    def fill_mask(self, row: Expr, begin: Expr, count: Expr, padded: Expr) -> None:
+        """What is added to the scores of a query row: the mask, and -inf beyond the last key."""
+        mask = self.place("mask")
+        for start, lanes in for_vectors(count, self.scores.lanes):
+            value = self.scores.value(row, T.bind(begin + start), lanes)
+            T.buffer_store(self.scratch, value, [lanes_at(mask + start, lanes)])
+        with T.serial(0, padded - count) as j:
+            T.buffer_store(self.scratch, f32(float("-inf")), [mask + count + j])
+
+    def _add_mask(self, at: Expr, padded: Expr) -> Expr:
+        """Add the mask to a strip row; returns its greatest score."""
+        lanes, mask = self.k.lanes, self.place("mask")
         whole = lanes_at(i32(0), lanes)
-        top, total = T.alloc_buffer((lanes,), "float32"), T.alloc_buffer((lanes,), "float32")
+        top = T.alloc_buffer((lanes,), "float32")
         T.buffer_store(top, splat(_LOWEST, lanes), [whole])
-        T.buffer_store(total, splat(0.0, lanes), [whole])
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
             score = T.bind(self.scratch[place] + self.scratch[lanes_at(mask + v * lanes, lanes)])
             T.buffer_store(self.scratch, score, [place])
             T.buffer_store(top, T.max(top[whole], score), [whole])
-        highest = horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
+        return horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
+
+    def softmax(self, at: Expr, highest: Expr, padded: Expr) -> Expr:
+        """Weights 2^(score - highest) of a strip row in place; returns their sum."""
+        lanes = self.k.lanes
+        whole = lanes_at(i32(0), lanes)
+        total = T.alloc_buffer((lanes,), "float32")
+        T.buffer_store(total, splat(0.0, lanes), [whole])
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
             weight = vmath.exp2_clamped(self.scratch[place] - splat(highest, lanes))
             T.buffer_store(self.scratch, weight, [place])
             T.buffer_store(total, total[whole] + weight, [whole])
-        total_sum = T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
-        # the largest score of a row that sees a key weighs 1; a row that sees none sums up clamped exponentials only
-        return tirx.Select(total_sum < f32(1e-30), f32(0.0), f32(1.0) / total_sum)
+        return T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
 
-    def weigh_values(self, values: Expr, scores: Expr, o_base: Expr, row: Expr, left: Expr, padded: Expr) -> None:
-        """The strip times v, straight into the result, a block of columns at a time."""
-        lanes = self.k.lanes
-        for start in range(0, self.width, self.panel):
-            columns = min(self.panel, self.width - start)
-            a = T.address_of(self.scratch[scores])
-            b = T.address_of(self.scratch[values + start])
-            c = T.address_of(self.out.buffer[o_base + row * self.out.stride + start])
-            sizes = (padded, i32(self.pitch), self.out.stride, self.keys)
+    def weigh_values(self, row: Expr, left: Expr, count: Expr, padded: Expr, *, started: bool) -> None:
+        """The strip times v, a block of columns at a time: straight into the result, or beside it if ``started``."""
+        lanes, tile = self.k.lanes, self.block.tile
+        into, at, stride = self.out.buffer, T.bind(self.out.base + row * self.out.stride), self.out.stride
+        if started:
+            into, at, stride = self.scratch, i32(self.place("tile")), i32(self.pitch)
+        for start in range(0, self.block.width, self.panel):
+            columns = min(self.panel, self.block.width - start)
+            a = T.address_of(self.scratch[self.place("scores")])
+            b = T.address_of(self.scratch[self.place("values") + start])
+            c = T.address_of(into[at + start])
+            sizes = (padded, i32(self.pitch), stride, count)
             vectors, tail = -(-columns // lanes), columns % lanes
-            call_tile(self.k.module, self.tile, left, (a, b, c, b), sizes, vectors=vectors, tail_lanes=tail)
+            call_tile(self.k.module, tile, left, (a, b, c, b), sizes, vectors=vectors, tail_lanes=tail)
+
+    def _scale(self, row: Expr, factor: Expr) -> None:
+        at = T.bind(self.out.base + row * self.out.stride)
+        for start, lanes in for_vectors(self.block.width, self.k.lanes):
+            place = lanes_at(at + start, lanes)
+            T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(factor, lanes), [place])
+
+    def _add(self, row: Expr, r: Expr, factor: Expr) -> None:
+        at, tile = T.bind(self.out.base + row * self.out.stride), T.bind(self.place("tile") + r * self.pitch)
+        for start, lanes in for_vectors(self.block.width, self.k.lanes):
+            place = lanes_at(at + start, lanes)
+            new = self.scratch[lanes_at(tile + start, lanes)]
+            T.buffer_store(self.out.buffer, self.out.buffer[place] * splat(factor, lanes) + new, [place])
+
+
+def _reciprocal(total: Expr) -> Expr:
+    """1/total; 0 for a row that sees no key: it sums up clamped exponentials only, a key seen at the top weighs 0.7."""
+    return tirx.Select(total < f32(1e-30), f32(0.0), f32(1.0) / total)

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, function, i32
 from planish.backends.tvm.kernel import Module
 from planish.backends.tvm.lower import STATUS
-from planish.plan import ALIGN, Plan
+from planish.plan import Plan, count_word
 from planish.program import Program
 from planish.targets import Target
 
@@ -21,10 +21,6 @@ ENTRY = "planish_main"
 
 STATUS_FAILED = 2
 """Status word after a kernel failed; for the others see ``expr.py``."""
-
-RESERVED = ALIGN
-"""Bytes at the start of an arena that hold the status word."""
-
 
 def llvm_target(target: Target) -> tvm.target.Target:
     """TVM's description of a CPU target."""
@@ -58,8 +54,9 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
     ``planish_main(input*, ..., output*, ..., weights, arena, table, dim, ..., first, last)`` runs the calls with
     ``first <= index < last``, up to the first that fails. ``table`` holds the byte offset in the arena of every arena
     buffer, in order of the plan; ``offsets`` the offset of every constant in the weights blob. The status word, the
-    arena's first, says what went wrong (TVM can return nothing but 0 from here). Inputs are the state's buffers too,
-    which the calls at the end update, or restore after a failure.
+    arena's first, says what went wrong (TVM can return nothing but 0 from here). A counted dim is read from the arena's
+    head, where a kernel has left it. Inputs are the state's buffers too, which the calls at the end update, or restore
+    after a failure.
     """
     arena_slots = {b: slot for slot, b in enumerate(i for i, b in enumerate(plan.buffers) if b.kind == "arena")}
     with function(ENTRY) as f:
@@ -77,6 +74,10 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
                 return T.address_of(weights[tirx.const(offsets[buffer], "int64")])
             return T.address_of(arena[table[arena_slots[buffer]]])
 
+        def count(name: str) -> Expr:
+            first_byte = 4 * count_word(program, name)
+            return T.reinterpret("int32", arena[T.ramp(first_byte, 1, 4)])
+
         code, written = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
         T.buffer_store(code, i32(0), [0])
         undone = {call.undoes for call in plan.calls if call.undoes is not None}
@@ -91,7 +92,8 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
                 wanted = tirx.And(wanted, tirx.Not(failed) if call.commits else tirx.EQ(code[0], i32(0)))
             with T.If(wanted), T.Then():
                 pointers = [address(b) for b in call.operands]
-                T.buffer_store(code, T.call_extern("int32", call.kernel, *pointers, *dims), [0])
+                sizes = [count(n) if n in program.counts else d for n, d in zip(program.dims, dims, strict=True)]
+                T.buffer_store(code, T.call_extern("int32", call.kernel, *pointers, *sizes), [0])
                 if index in undone:
                     T.buffer_store(written, i32(index), [0])
                 with T.If(tirx.NE(code[0], i32(0))), T.Then():

@@ -13,11 +13,11 @@ import torch
 
 from planish.backends.base import KernelTime
 from planish.backends.tvm import runtime
-from planish.backends.tvm.codegen import ENTRY, RESERVED, STATUS_FAILED
+from planish.backends.tvm.codegen import ENTRY, STATUS_FAILED
 from planish.backends.tvm.expr import DIVISION_BY_ZERO
 from planish.backends.tvm.pack import aligned
 from planish.errors import InputError, KernelError
-from planish.plan import ALIGN, Plan
+from planish.plan import ALIGN, HEAD, Plan, count_word
 from planish.program import Program, evaluate
 
 _LAYOUTS = 256
@@ -57,6 +57,7 @@ class TvmExecutable:
         self.plan = plan
         self.objects = objects
         self._dims = tuple(program.dims)
+        self._counts = {name: count_word(program, name) for name in program.counts}
         self._blob = blob
         self._tir = tir
         self._output_buffers = tuple(dict.fromkeys(outputs))
@@ -138,9 +139,9 @@ class TvmExecutable:
         if found is None:
             offsets, height = self.plan.arena(dims)
             slots = [i for i, b in enumerate(self.plan.buffers) if b.kind == "arena"]
-            table = (ctypes.c_int64 * max(1, len(slots)))(*[offsets.get(s, 0) + RESERVED for s in slots])
+            table = (ctypes.c_int64 * max(1, len(slots)))(*[offsets.get(s, 0) + HEAD for s in slots])
             shapes = [tuple(evaluate(s, dims) for s in self.plan.buffers[o].shape) for o in self._output_buffers]
-            found = Layout(height + RESERVED, table, ctypes.addressof(table), tuple(shapes))
+            found = Layout(height + HEAD, table, ctypes.addressof(table), tuple(shapes))
             if len(self._layouts) >= _LAYOUTS:
                 self._layouts.pop(next(iter(self._layouts)), None)
             self._layouts[key] = found
@@ -169,6 +170,8 @@ class TvmExecutable:
         arena = aligned(layout.arena_bytes)
         sizes = tuple(dims.values())
         self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
+        words = (ctypes.c_int32 * (HEAD // 4)).from_address(arena.data_ptr())
+        dims = dims | {name: words[word] for name, word in self._counts.items()}
 
         def sample(first: int, last: int) -> list[float]:
             times: list[float] = []

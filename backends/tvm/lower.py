@@ -26,6 +26,8 @@ from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
 from planish.backends.tvm.sort import lower_sort, sort_reason
+from planish.backends.tvm.tokens import lower_packing, packing_reason
+from planish.backends.tvm.varlen import lower_segment_sum, lower_varlen
 from planish.backends.tvm.windows import is_window, lower_window, window_reason
 from planish.conv_ops import POOLS
 from planish.ops import (
@@ -35,13 +37,16 @@ from planish.ops import (
     INLINE,
     LINEAR,
     MATMUL,
+    PACKING,
     RECURRENCES,
     REDUCTIONS,
     ROWS,
     RUNNING,
     SCANS,
     SCATTERS,
+    SEGMENT_SUM,
     SORTS,
+    VARLEN,
     argument,
     aten,
 )
@@ -114,7 +119,8 @@ def _op_reason(node: fx.Node) -> str | None:
         (SORTS, sort_reason),
         (SCATTERS, scatter_reason),
         (RECURRENCES, recurrent_reason),
-        ({MATMUL, GROUPED}, _float_reason),
+        ({MATMUL, GROUPED, SEGMENT_SUM, VARLEN}, _float_reason),
+        (PACKING, packing_reason),
         (RUNNING, lambda node: None),
     )
     for targets, reason in tables:
@@ -163,7 +169,8 @@ class Lowering:
     def buffer(self, node: fx.Node, kind: str) -> int:
         """A new buffer for the node's value."""
         value = node.meta["val"]
-        self.plan.buffers.append(Buffer(node.name, kind, value.element_size(), self.program.shape(value)))
+        addresses = bool(self.program.counts) and value.dtype in (torch.int32, torch.int64)
+        self.plan.buffers.append(Buffer(node.name, kind, value.element_size(), self.program.shape(value), addresses))
         return len(self.plan.buffers) - 1
 
     def lower(self) -> None:
@@ -294,7 +301,7 @@ class Lowering:
 
     def _lower_region(self, region: Region, outer: dict[fx.Node, fx.Node], node: fx.Node, direct: set[fx.Node]) -> None:
         region, outer = self._with_matrix_operands(region, outer)
-        attention = region.find({ATTENTION})
+        attention = region.find({ATTENTION, VARLEN})
         if attention is not None and not self._is_result_matrix(region, attention):
             region, outer = self._computed_before(region, outer, attention)
         lowered = self._choose(region)
@@ -306,10 +313,10 @@ class Lowering:
         self, region: Region, outer: dict[fx.Node, fx.Node]
     ) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
-        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, MATMUL, GROUPED)), None)
+        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, VARLEN, MATMUL, GROUPED)), None)
         if anchor is None:
             return region, outer
-        count = 3 if anchor.target is ATTENTION else 1
+        count = 3 if anchor.target in (ATTENTION, VARLEN) else 1
         for operand in dict.fromkeys(anchor.args[:count]):
             assert isinstance(operand, fx.Node)
             if operand not in region.inputs and not self._is_matrix(region, operand, anchor):
@@ -368,6 +375,8 @@ class Lowering:
             return lower_grouped(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
+        if anchor := region.find({VARLEN}):
+            return lower_varlen(module, program, region, anchor)
         if anchor := next(filter(is_window, region.nodes), None):
             constant = anchor.target in POOLS | REDUCTIONS or self._has_constant_weight(anchor)
             return lower_window(module, program, region, anchor, lanes, constant=constant)
@@ -425,6 +434,8 @@ _WHOLE = (
     (SORTS, lower_sort),
     (SCATTERS, lower_scatter),
     (RECURRENCES, lower_recurrent),
+    (PACKING, lower_packing),
+    ({SEGMENT_SUM}, lower_segment_sum),
 )
 """Ops with kernels that work element by element."""
 
