@@ -38,6 +38,7 @@ def compile(
     target: str | Target = "cpu",
     *,
     dynamic: Dynamic | None = None,
+    padding: str = "zero",
     passes: Sequence[str | Pass] | None = None,
     dump: str | Path | None = None,
     verify: bool = False,
@@ -52,6 +53,9 @@ def compile(
             the first call.
         target: a name from ``planish targets``, or a Target.
         dynamic: which axes of which inputs vary: ``{"input_ids": {0: planish.Dim("batch", 1, 64)}}``.
+        padding: what outputs hold at padding, where an attention mask [batch, positions] lets the padding go:
+            ``"zero"`` (eager computes numbers there that nobody needs), ``"nearest"`` the nearest token's values, or
+            ``"exact"`` what eager computes, which keeps the padding in models that return it.
         passes: names or Pass objects instead of the default pipeline.
         dump: folder for every stage as a runnable program, with diffs, reasons and kernels.
         verify: compare the values before and after every pass in fp64.
@@ -68,7 +72,7 @@ def compile(
     if inputs is not None:
         check_inputs_kind(inputs)
     parsed = Target.parse(target)
-    pipeline = registry.resolve(passes)
+    pipeline = registry.resolve(passes, padding)
     compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify, fallback)
     if inputs is None:
         compiled.wait_for_inputs(model)
@@ -233,8 +237,11 @@ class CompiledModel:
         """Capture, run the passes, lower; remember the result under ``key``."""
         program, signature = capture(model, inputs, self._dynamic)
         observer = Dump(Path(self._dump)) if self._dump is not None else None
-        program, steps = run_pipeline(program, self._pipeline, self.target, check_values=self._verify, observe=observer)
-        engine, coverage = backend(self.target.backend), None
+        engine, coverage, pipeline = backend(self.target.backend), None, self._pipeline
+        if self._fallback == "eager" and engine.unsupported(program, self.target):
+            # sizes between native segments and PyTorch follow from the inputs' shapes; a count of tokens does not
+            pipeline = tuple(p for p in pipeline if "packed" not in p.makes)
+        program, steps = run_pipeline(program, pipeline, self.target, check_values=self._verify, observe=observer)
         missing = engine.unsupported(program, self.target)
         if missing and self._fallback == "eager":
             cut = CutSegments(engine)
@@ -252,9 +259,7 @@ class CompiledModel:
         count = program.arguments
         state = StateSpec(program.state, program.example[count:])
         inputs = program.inputs[:count]
-        compiled = Compiled(
-            executable, signature, inputs, program.dims, program.counts, tuple(steps), state, coverage
-        )
+        compiled = Compiled(executable, signature, inputs, program.dims, program.counts, tuple(steps), state, coverage)
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -342,7 +347,7 @@ def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[st
 
 
 def _in_range(compiled: Compiled, dims: dict[str, int]) -> dict[str, int]:
-    """The sizes in order; a dim that is counted in the call gets its upper bound, which is what memory is laid out for."""
+    """The sizes in order; a dim that is counted in the call gets its upper bound, for which memory is laid out."""
     sizes: dict[str, int] = {}
     for name, dim in compiled.dims.items():
         if name in compiled.counts:

@@ -46,6 +46,7 @@ def compile_command(
     target: TargetName = "cpu",
     dump: Dump = None,
     verify: Annotated[bool, typer.Option("--verify", help="check the values after every pass")] = False,
+    padding: Annotated[str, typer.Option(help="outputs at padding: zero, nearest, or exact as in eager")] = "zero",
     fallback: Annotated[str, typer.Option(help="error, or eager: run ops without kernels in PyTorch")] = "error",
 ) -> None:
     """Compile MODEL and print what each pass did."""
@@ -55,7 +56,8 @@ def compile_command(
         advance(f"loading {model}")
         module, inputs, dynamic = load_model(model)
         advance(f"compiling {model} for {target}")
-        compiled = planish.compile(module, inputs, target, dynamic=dynamic, dump=dump, verify=verify, fallback=fallback)
+        options = {"padding": padding, "fallback": fallback}
+        compiled = planish.compile(module, inputs, target, dynamic=dynamic, dump=dump, verify=verify, **options)
     typer.echo(compiled.report())
     if dump is not None:
         typer.echo(f"dump: {dump}")

@@ -318,11 +318,13 @@ if __name__ == "__main__":
 def _runnable(stem: str, body: str, inputs: dict[str, str], outputs: Sequence[str]) -> str:
     """A stage's file: the program between the code that loads its tensors and the code that runs it."""
     random = "random_constant(" in body
+    own = "torch.ops.planish." in body
+    needed = "torch, safetensors and planish, which has some of its operators" if own else "only torch and safetensors"
     lines = [
         f'"""The program at step {stem}, written by planish.',
         "",
         f"Run: python {stem}.py [--save outputs.safetensors]",
-        "It reads constants.safetensors and inputs.safetensors beside it, and needs only torch and safetensors.",
+        f"It reads constants.safetensors and inputs.safetensors beside it, and needs {needed}.",
     ]
     if random:
         lines.append("The weights were not dumped: every floating-point constant is seeded random numbers.")
@@ -330,6 +332,8 @@ def _runnable(stem: str, body: str, inputs: dict[str, str], outputs: Sequence[st
     for module in ("math", "operator"):
         if f"{module}." not in body:
             imports = imports.replace(f"import {module}\n", "")
+    if own:
+        imports = imports.replace("import torch\n", "import planish.ops  # registers torch.ops.planish\nimport torch\n")
     loads = [f"        {layout.format(f'stored[{name!r}]')}," for name, layout in inputs.items()]
     lines += [
         '"""',

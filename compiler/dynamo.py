@@ -3,7 +3,8 @@
 Dynamo hands a graph over with the parameters among its inputs. They are bound as constants, as ``planish.compile`` has
 them; a graph that is called with other parameters, or with changed ones, is compiled again for those. Nothing runs in
 PyTorch but what dynamo itself leaves there when it breaks the graph, which the log and :func:`graphs` show, and what
-``options={"fallback": "eager"}`` allows, as in ``planish.compile``.
+``options={"fallback": "eager"}`` allows, as in ``planish.compile``. Outputs hold at padding what eager computes there,
+unless ``options={"padding": "zero"}`` says that they need not.
 
 Tensors of the model that the graph writes to are no constants but the state of the compiled graph, held where they are.
 """
@@ -51,7 +52,8 @@ def backend(graph: fx.GraphModule, example: Sequence[Any], *, options: Mapping[s
     Args:
         graph: torch functions and operators, in inference.
         example: unused: the first call brings the values to capture with.
-        options: ``{"fallback": "eager"}`` runs operators without kernels in PyTorch.
+        options: ``{"fallback": "eager"}`` runs operators without kernels in PyTorch; ``padding`` as in
+            ``planish.compile``, ``"exact"`` if it is not given.
 
     Returns:
         A callable that compiles at its first call. There an error reaches the user as it is, with its own class, where
@@ -136,7 +138,7 @@ class Graph:
 
     def __init__(self, graph: fx.GraphModule, options: Mapping[str, Any]) -> None:
         self.graph = graph
-        self._fallback = options.get("fallback", "error")
+        self._options = {"fallback": "error", "padding": "exact"} | dict(options)
         self.inputs: list[_Input] = []
         self.constants: list[int] = []
         self.sizes: dict[int, tuple[str, int]] = {}
@@ -145,8 +147,8 @@ class Graph:
         self._found: dict[tuple[Any, ...], _Compiled] = {}
         self._lock = Lock()
         self._sort_placeholders()
-        if unknown := options.keys() - {"fallback"}:
-            self._problem = InputError(f"unknown option {min(unknown)!r}", fix='the only one is "fallback"')
+        if unknown := options.keys() - {"fallback", "padding"}:
+            self._problem = InputError(f"unknown option {min(unknown)!r}", fix='use "fallback" or "padding"')
         places = {n: i for i, n in enumerate(n for n in graph.graph.nodes if n.op == "placeholder")}
         outputs = [places.get(_written(leaf)) for leaf in graph.graph.output_node().args[0]]  # pyright: ignore
         self.aliases = {i: place for i, place in enumerate(outputs) if place in self.constants}
@@ -218,7 +220,7 @@ class Graph:
                 name: {axis: Dim(symbol, min(2, size), _bound(size)) for axis, (symbol, size) in sizes.items()}
                 for name, sizes in axes.items()
             }
-            return api.compile(module, tensors, dynamic=dynamic, fallback=self._fallback, cache=False)
+            return api.compile(module, tensors, dynamic=dynamic, cache=False, **self._options)
         except (CaptureError, DimError) as error:
             if not any(axes.values()):
                 raise

@@ -75,6 +75,8 @@ class Program:
         state: names of the model's mutable buffers, such as ``attention.cache``.
         counts: dims that are counted in each call, not read from the inputs' shapes, with their upper bounds: the
             tokens of a packed batch.
+        padded: outputs [B, S, ...] whose values at padding are not the model's: name of the output to the name of the
+            mask input [B, S] and the mask's value at tokens.
     """
 
     module: fx.GraphModule
@@ -86,6 +88,7 @@ class Program:
     facts: frozenset[str] = field(default_factory=frozenset[str])
     state: tuple[str, ...] = ()
     counts: dict[str, int | sympy.Expr] = field(default_factory=dict[str, "int | sympy.Expr"])
+    padded: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
 
     @property
     def arguments(self) -> int:

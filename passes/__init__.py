@@ -17,19 +17,24 @@ REGISTRY: dict[str, Pass] = {p.name: p for p in (Canonicalize(), RemovePadding()
 """Every pass with its default options, in the order of the default pipeline."""
 
 
-def resolve(passes: Sequence[str | Pass] | None) -> list[Pass]:
+def resolve(passes: Sequence[str | Pass] | None, padding: str = "zero") -> list[Pass]:
     """The passes to run: the default pipeline, or names and Pass objects as given.
 
+    Args:
+        passes: None for the default pipeline.
+        padding: the policy of ``remove-padding``, where it is not given as an object.
+
     Raises:
-        UnknownNameError: a name that is not registered.
+        UnknownNameError: a name that is not registered, or an unknown policy.
     """
     from planish.errors import UnknownNameError
 
+    removal = RemovePadding(padding)
     if passes is None:
-        return list(REGISTRY.values())
+        passes = list(REGISTRY)
     chosen: list[Pass] = []
     for p in passes:
         if isinstance(p, str) and p not in REGISTRY:
             raise UnknownNameError(f"unknown pass {p!r}", fix="use one of: " + ", ".join(REGISTRY))
-        chosen.append(REGISTRY[p] if isinstance(p, str) else p)
+        chosen.append(removal if p == removal.name else REGISTRY[p] if isinstance(p, str) else p)
     return chosen

@@ -104,7 +104,8 @@ class Terms:
         causal = bool(argument(attention, 9 if packed else 5, "is_causal", False))
         scale = argument(attention, 10 if packed else 6, "scale")
         depth = int(attention.args[0].meta["val"].shape[-1])  # pyright: ignore
-        return Terms(mask if isinstance(mask, fx.Node) else None, causal, float(depth**-0.5 if scale is None else scale))
+        scale = float(depth**-0.5 if scale is None else scale)
+        return Terms(mask if isinstance(mask, fx.Node) else None, causal, scale)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ ENTRY = "planish_main"
 STATUS_FAILED = 2
 """Status word after a kernel failed; for the others see ``expr.py``."""
 
+
 def llvm_target(target: Target) -> tvm.target.Target:
     """TVM's description of a CPU target."""
     return tvm.target.Target({"kind": "llvm", "mcpu": target.mcpu})

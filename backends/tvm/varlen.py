@@ -46,7 +46,8 @@ def lower_varlen(module: Module, program: Program, region: Region, attention: fx
                 row, head = _integer(k, order, T.floordiv(item, heads)), T.bind(T.floormod(item, heads))
                 q, q_end = (_integer(k, query_starts, T.bind(row + i)) for i in (0, 1))
                 s, s_end = (_integer(k, key_starts, T.bind(row + i)) for i in (0, 1))
-                scores = Scores(k, Terms.of(attention), (row, head), _column(k, query_columns, q), _column(k, key_columns, s))
+                columns = _column(k, query_columns, q), _column(k, key_columns, s)
+                scores = Scores(k, Terms.of(attention), (row, head), *columns)
                 operands = [_rows(place, head, start) for place, start in zip(places, (q, s, s, q), strict=True)]
                 code = Item(k, block, buffer, scores, operands[0], operands[1], operands[2], operands[3])
                 code.emit(T.bind(s_end - s), T.bind(q_end - q), single=most <= block.keys)
@@ -55,7 +56,8 @@ def lower_varlen(module: Module, program: Program, region: Region, attention: fx
     pairs = queries * keys / program.shape(order)[0]  # pyright: ignore
     flops = 2 * sympy.floor(heads * pairs) * (block.depth + block.width)
     assert k.function.func is not None
-    return Lowered("varlen_attention", k.function.func, k.operands, "attention", (queries, heads, keys, block.depth), flops)
+    sizes = (queries, heads, keys, block.depth)
+    return Lowered("varlen_attention", k.function.func, k.operands, "attention", sizes, flops)
 
 
 def _by_head(place: Matrix | None) -> Matrix:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -48,6 +49,7 @@ class RemovePadding(Pass):
 
     name: ClassVar[str] = "remove-padding"
     needs: ClassVar[frozenset[str]] = frozenset({"canonical"})
+    makes: ClassVar[frozenset[str]] = frozenset({"packed"})
     tol: ClassVar[float] = 1e-9  # sums over fewer terms, in another order
 
     def __post_init__(self) -> None:
@@ -77,14 +79,16 @@ class RemovePadding(Pass):
         if liveness is None:
             return refuse(mask, "attention reads it, but it is not proved that it hides padded keys")
         allowed: set[fx.Node] = set()
+        kept: Counter[fx.Node] = Counter()
         for node in filter(liveness.axes.is_token, program.nodes()):
             if liveness.obstacle(node) is not None:
                 continue
-            reader = liveness.live.get(node)
-            if reader is None or liveness.padding(node) is not None:
+            if node not in liveness.live or liveness.padding(node) is not None:
                 allowed.add(node)
-            elif reader in node.users or liveness.obstacle(reader) is not None:
-                refuse(node, f"{reader.name} reads it at padding too" + _why(liveness, reader))
+            else:
+                kept[liveness.live[node]] += 1
+        for reader, count in kept.items():
+            refuse(reader, f"{liveness.complaint(reader)}, so {count} ops before it compute padding too")
         placement = place(liveness, allowed)
         if not any(n.target is ATTENTION for n in placement.packed):
             return None
@@ -93,7 +97,10 @@ class RemovePadding(Pass):
             return refuse(mask, reason)
         for node in placement.packed:
             result.rewrites["attention on tokens" if node.target is ATTENTION else "op on tokens"] += 1
-        Packer(liveness, placement.packed, self.policy == "nearest").run()
+        outputs = program.module.graph.output_node().args[0]
+        shown = [s.name for s, n in zip(program.outputs, outputs, strict=True) if n in placement.packed]  # pyright: ignore
+        program.padded = {**program.padded, **dict.fromkeys(shown, (mask.name, liveness.keep))}
+        Packer(liveness, placement.packed, self.policy == "nearest", result.rewrites).run()
         return None
 
 
@@ -123,10 +130,3 @@ def _analyse(program: Program, mask: fx.Node, *, exact: bool) -> Liveness | None
             liveness.find()
             return liveness
     return None
-
-
-def _why(liveness: Liveness, reader: fx.Node) -> str:
-    """What is wrong with a reader of padding."""
-    if reader.op == "output":
-        return ", and padding='exact' wants the output there"
-    return f": {liveness.obstacle(reader)}"

@@ -1,8 +1,8 @@
 """Which axis of a value runs over the rows of the padded batch, and which over their positions.
 
 Every axis is a product of atoms: the batch, the positions, or a plain number. Reshapes regroup the same atoms in the
-same order, permutes reorder axes, so the two can be followed through merged axes such as [positions, batch * heads]; and
-a hidden width that happens to equal the number of positions is never taken for it.
+same order, permutes reorder axes, so the two can be followed through merged axes such as [positions, batch * heads];
+and a hidden width that happens to equal the number of positions is never taken for it.
 """
 
 from __future__ import annotations

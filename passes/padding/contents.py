@@ -43,7 +43,7 @@ def reads_padding(program: Program, mask: fx.Node, keep: int) -> str | None:
 
 
 def _changed(tensor: torch.Tensor, valid: torch.Tensor, turn: int) -> torch.Tensor:
-    """The input with other values at padding: each row's own tokens, moved on by ``turn``; its floats are negated too."""
+    """The input with other values at padding: another row's tokens, for floats also negated in turn 2."""
     other = tensor.roll(turn, 0)
     other = torch.where(valid.roll(turn, 0).view(valid.shape + (1,) * (tensor.dim() - 2)), other, tensor[:, :1])
     if tensor.is_floating_point() and turn == 2:

@@ -46,7 +46,7 @@ class Liveness:
     keep: int
     exact: bool
     live: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
-    """Values that are read at padding, with a reader that makes them so."""
+    """Values that are read at padding, with the first reader that makes them so."""
 
     def find(self) -> None:
         """Fill ``live``, from the outputs backwards."""
@@ -54,6 +54,14 @@ class Liveness:
             for operand in node.all_input_nodes:
                 if operand not in self.live and self.axes.is_token(operand) and self._reads_padding(node, operand):
                     self.live[operand] = self.live.get(node, node)
+
+    def complaint(self, reader: fx.Node) -> str:
+        """What a reader of padding does with it."""
+        if reader.op == "output":
+            return "padding='exact' wants the model's own values at padding"
+        if reader.target is ATTENTION:
+            return f"{reader.name} is not proved to hide padded keys"
+        return f"{_name(reader)} combines positions and reads padding, which no mask has made a known number"
 
     def padding(self, node: fx.Node) -> float | None:
         """The number that a value is known to have at all padding."""
@@ -125,8 +133,11 @@ class Liveness:
             return "its result has no element for each position"
         if not _is_float(node):
             return "integers and conditions are computed for the padded batch"
-        if any(self.axes[n] is None for n in node.all_input_nodes if _is_tensor(n)):
+        known = [self.axes[n] for n in (node, *node.all_input_nodes) if _is_tensor(n)]
+        if None in known:
             return "the axes of an operand are not known"
+        if any(not isinstance(a, (str, int)) for axes in known for axis in axes or () for a in axis):
+            return "another of its axes has a dynamic size"
         target = node.target
         if target in ELEMENTWISE:
             return None if self._aligned(node) else "an operand is laid out in another way"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,13 +32,15 @@ class Packer:
 
     Attributes:
         liveness: axes and readers.
-        packed: the nodes to be computed for tokens only.
+        chosen: the nodes to be computed for tokens only.
         nearest: what padding gets where a value is restored: the nearest token's value instead of 0.
+        rewrites: counts of what was done.
     """
 
     liveness: Liveness
     chosen: frozenset[fx.Node]
     nearest: bool
+    rewrites: Counter[str]
     done: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     restored: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
     made: dict[Any, fx.Node] = field(default_factory=dict[Any, fx.Node])
@@ -62,17 +65,18 @@ class Packer:
         """Give a node that stays as it is the padded form of what it reads, or replace it by a reader of tokens."""
         if not any(n in self.chosen for n in node.all_input_nodes):
             return
-        new = None
-        if self.liveness.first_token_axis(node) is not None:
-            new = self._first_tokens(node)
-        elif self.liveness.sums_tokens(node):
-            new = self._sum(node)
-        elif self.liveness.attends_from_few(node):
-            new = self._attend_from_few(node)
-        if new is not None:
-            new.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(new)
-            return
+        readers = (
+            (self.liveness.first_token_axis(node) is not None, "first tokens gathered", self._first_tokens),
+            (self.liveness.sums_tokens(node), "sum over tokens", self._sum),
+            (self.liveness.attends_from_few(node), "attention of other rows on tokens", self._attend_from_few),
+        )
+        for applies, name, rewrite in readers:
+            if applies:
+                new = rewrite(node)
+                new.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(new)
+                self.rewrites[name] += 1
+                return
         for operand in node.all_input_nodes:
             if operand in self.chosen:
                 node.replace_input_with(operand, self._restore(operand))
@@ -170,6 +174,10 @@ class Packer:
         """The first token of each row."""
         return self._once("begins", lambda: self._call(aten.slice.Tensor, self.starts, 0, 0, self.size(BATCH)))
 
+    def _numbers(self, count: Any) -> fx.Node:
+        """0, 1, ... below a count."""
+        return self._call(aten.arange.default, count, device=torch.device("cpu"))
+
     # changing the form ----------------------------------------------------------------------------------------------
 
     def _sizes(self, axes: Sequence[Axis]) -> list[int | fx.Node]:
@@ -207,6 +215,7 @@ class Packer:
             return self._call(aten.reshape.default, x, self._sizes(kept))
         first = -1 if len(labels) == 2 else self.size(atoms[labels[0]])
         x = self._call(aten.reshape.default, x, [first, *self._sizes(kept)])
+        self.rewrites["tokens gathered"] += 1
         index = self.places if len(labels) == 2 else self.rows if atoms[labels[0]] == BATCH else self.columns
         return self._call(aten.index_select.default, x, 0, index)
 
@@ -230,6 +239,7 @@ class Packer:
         if node not in self.restored:
             self.restored[node] = self._restored(node)
             self.restored[node].meta["val"] = node.meta["val"]
+            self.rewrites["padded form restored"] += 1
         return self.restored[node]
 
     def _restored(self, node: fx.Node) -> fx.Node:
@@ -254,7 +264,8 @@ class Packer:
             x = self._call(aten.reshape.default, x, self._sizes(split))
         at = {**{a: i for i, a in enumerate(labels)}, **{i: len(labels) + n for n, i in enumerate(plain)}}
         x = self._rearranged(x, [at[a if a in LABELS else i] for i, a in enumerate(wanted)])
-        return x if [len(a) for a in axes] == [1] * len(wanted) else self._call(aten.reshape.default, x, self._sizes(axes))
+        split = [len(a) for a in axes] == [1] * len(wanted)
+        return x if split else self._call(aten.reshape.default, x, self._sizes(axes))
 
     # ops on tokens --------------------------------------------------------------------------------------------------
 
@@ -306,9 +317,7 @@ class Packer:
         query, key, value = (self._value(a, self.liveness.axes[a] or ()) for a in node.args[:3])  # pyright: ignore
         return self._varlen(node, (query, key, value), (self.starts, self.columns))
 
-    def _varlen(
-        self, node: fx.Node, operands: tuple[fx.Node, ...], queries: tuple[fx.Node, fx.Node | None]
-    ) -> fx.Node:
+    def _varlen(self, node: fx.Node, operands: tuple[fx.Node, ...], queries: tuple[fx.Node, fx.Node | None]) -> fx.Node:
         """Attention on packed operands; ``queries`` are their starts and columns."""
         mask, causal = argument(node, 3, "attn_mask"), bool(argument(node, 5, "is_causal", False))
         if isinstance(mask, fx.Node):
@@ -361,13 +370,11 @@ class Packer:
         heads, width = (int(self.program.shape(query)[i]) for i in (1, 3))  # pyright: ignore
         count: Any = few if isinstance(few, int) else self._call(aten.sym_size.int, query, 2)
         x = self._call(aten.reshape.default, self._call(aten.permute.default, query, [0, 2, 1, 3]), [-1, heads, width])
-        rows = self._call(aten.arange.default, self._call(operator.add, batch, 1) if isinstance(batch, fx.Node) else batch + 1, device=torch.device("cpu"))
-        starts = self._call(aten.mul.Tensor, rows, count)
+        ends = self._call(operator.add, batch, 1) if isinstance(batch, fx.Node) else batch + 1
+        starts = self._call(aten.mul.Tensor, self._numbers(ends), count)
         infer_values(self.program)
         total = self._call(aten.sym_size.int, x, 0)
-        columns = self._call(
-            aten.remainder.Scalar, self._call(aten.arange.default, total, device=torch.device("cpu")), count
-        )
+        columns = self._call(aten.remainder.Scalar, self._numbers(total), count)
         packed = tuple(self._value(a, self.liveness.axes[a] or ()) for a in (key, value))  # pyright: ignore
         out = self._varlen(node, (x, *packed), (starts, columns))
         depth = int(value.meta["val"].shape[-1])  # pyright: ignore
