@@ -155,8 +155,9 @@ def test_readers_of_padding_are_refused(head: Callable[..., Any]) -> None:
     program, step = rewritten(captured(Tokens(head)))
     assert step.rewrites == {}
     assert not any(n.target is VARLEN for n in program.nodes())
-    (refusal,) = step.refusals
-    assert refusal.reason.startswith(f"{READERS[head]} combines positions and reads padding")
+    assert step.refusals
+    for refusal in step.refusals:
+        assert refusal.reason.startswith(f"{READERS[head]} combines positions and reads padding")
 
 
 @pytest.mark.parametrize("head", [*READERS, same, masked_mean], ids=lambda h: h.__name__)

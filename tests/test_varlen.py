@@ -45,7 +45,7 @@ def assert_as_defined(given: tuple[torch.Tensor, ...], target: str, *, is_causal
     model = Varlen(is_causal, given[0].shape[-1] ** -0.5).eval()
     got = planish.compile(model, given, target)(*given)
     wide = [t.double() if t.is_floating_point() else t for t in given]
-    torch.testing.assert_close(got, model(*wide).float(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(got, model(*wide).float(), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("target", HOST)
@@ -84,7 +84,7 @@ def test_masks(form: str) -> None:
     model = Varlen(False, 0.25).eval()
     given = (*given[:6], mask, *given[7:])
     got = planish.compile(model, given)(*given)
-    torch.testing.assert_close(got, model(*given), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(got, model(*given), rtol=1e-5, atol=5e-6)
 
 
 def test_dense_attention_over_more_keys_than_a_block() -> None:
@@ -97,7 +97,7 @@ def test_dense_attention_over_more_keys_than_a_block() -> None:
 
     got = planish.compile(Dense().eval(), (q, k, v, mask))(q, k, v, mask)
     want = Dense()(*(t.double() for t in (q, k, v, mask)))
-    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=5e-6)
 
 
 @pytest.mark.parametrize("target", HOST)

@@ -140,7 +140,8 @@ class Block:
     def scratch(self, lanes: int) -> int:
         """Elements of a task's scratch memory."""
         pitch = -(-self.width // lanes) * lanes
-        return self.keys * (self.depth + self.tile.rows + 1 + pitch) + self.tile.rows * pitch + 2 * self.queries
+        strip = (self.keys + lanes) * self.tile.rows
+        return self.keys * (self.depth + 1 + pitch) + strip + self.tile.rows * pitch + 2 * self.queries
 
 
 def lower_attention(module: Module, program: Program, region: Region, attention: fx.Node) -> Lowered:
@@ -285,7 +286,7 @@ class Item:
         keys, rows, depth = self.block.keys, self.block.tile.rows, self.block.depth
         sizes = {
             "keys": keys * depth,
-            "scores": keys * rows,
+            "scores": (keys + self.k.lanes) * rows,
             "mask": keys,
             "values": keys * self.pitch,
             "tile": rows * self.pitch,
@@ -337,12 +338,14 @@ class Item:
                 a = T.address_of(self.q.buffer[self.q.base + row * self.q.stride])
                 b = T.address_of(self.scratch[self.place("keys") + p * (self.block.depth * self.panel)])
                 c = T.address_of(self.scratch[self.place("scores") + p * self.panel])
-                sizes = (self.q.stride, i32(self.panel), padded, i32(self.block.depth))
-                call_tile(self.k.module, tile, left, (a, b, c, b), sizes, vectors=tile.vectors)
+                start = None if by_row else T.address_of(self.scratch[self.place("mask") + p * self.panel])
+                sizes = (self.q.stride, i32(self.panel), self.strip(padded), i32(self.block.depth))
+                call_tile(self.k.module, tile, left, (a, b, c, b), sizes, vectors=tile.vectors, bias=start)
             factor = T.alloc_buffer((tile.rows,), "float32")
             with T.serial(0, here) as r:
                 if by_row:
                     self.fill_mask(T.bind(row + r), begin, count, padded)
+                    self._add_mask(self._strip_row(r, padded), padded)
                 scale = self._weigh(T.bind(row - first + r), r, padded, started=started, last=last)
                 if scale is not None:
                     T.buffer_store(factor, scale, [r])
@@ -358,8 +361,8 @@ class Item:
         """Turn a strip row into weights; returns what the result so far (or, if it is the last block, the new one) is
         to be multiplied by."""
         powers, sums = self.place("power") + query, self.place("sum") + query
-        at = T.bind(self.place("scores") + r * padded)
-        highest = T.bind(T.nearbyint(self._add_mask(at, padded)))
+        at = self._strip_row(r, padded)
+        highest = T.bind(T.nearbyint(self._highest(at, padded)))
         if started:
             before = T.bind(self.scratch[powers])
             highest = T.bind(T.max(before, highest))
@@ -419,31 +422,51 @@ class Item:
         with T.serial(0, padded - count) as j:
             T.buffer_store(self.scratch, f32(float("-inf")), [mask + count + j])
 
-    def _add_mask(self, at: Expr, padded: Expr) -> Expr:
-        """Add the mask to a strip row; returns its greatest score."""
+    def strip(self, padded: Expr) -> Expr:
+        """Elements between the rows of scores: not a power of two, or all rows would share few cache sets."""
+        return padded + self.k.lanes
+
+    def _strip_row(self, r: Expr, padded: Expr) -> Expr:
+        return T.bind(self.place("scores") + r * self.strip(padded))
+
+    def _add_mask(self, at: Expr, padded: Expr) -> None:
+        """Add a row's own mask to its scores; one that all rows share is what the sums of the tiles start from."""
         lanes, mask = self.k.lanes, self.place("mask")
-        whole = lanes_at(i32(0), lanes)
-        top = T.alloc_buffer((lanes,), "float32")
-        T.buffer_store(top, splat(_LOWEST, lanes), [whole])
         with T.serial(0, T.floordiv(padded, lanes)) as v:
             place = lanes_at(at + v * lanes, lanes)
-            score = T.bind(self.scratch[place] + self.scratch[lanes_at(mask + v * lanes, lanes)])
-            T.buffer_store(self.scratch, score, [place])
-            T.buffer_store(top, T.max(top[whole], score), [whole])
-        return horizontal(T.bind(top[whole]), lanes, lambda a, b: T.max(a, b))
+            T.buffer_store(self.scratch, self.scratch[place] + self.scratch[lanes_at(mask + v * lanes, lanes)], [place])
+
+    def _highest(self, at: Expr, padded: Expr) -> Expr:
+        """The greatest score of a strip row."""
+        lanes = self.k.lanes
+        whole = lanes_at(i32(0), lanes)
+        top = [T.alloc_buffer((lanes,), "float32") for _ in range(self.block.tile.vectors)]
+        for register in top:
+            T.buffer_store(register, splat(_LOWEST, lanes), [whole])
+        with T.serial(0, T.floordiv(padded, self.panel)) as p:
+            for v, register in enumerate(top):
+                score = self.scratch[lanes_at(at + p * self.panel + v * lanes, lanes)]
+                T.buffer_store(register, T.max(register[whole], score), [whole])
+        for register in top[1:]:
+            T.buffer_store(top[0], T.max(top[0][whole], register[whole]), [whole])
+        return horizontal(T.bind(top[0][whole]), lanes, lambda a, b: T.max(a, b))
 
     def softmax(self, at: Expr, highest: Expr, padded: Expr) -> Expr:
         """Weights 2^(score - highest) of a strip row in place; returns their sum."""
         lanes = self.k.lanes
         whole = lanes_at(i32(0), lanes)
-        total = T.alloc_buffer((lanes,), "float32")
-        T.buffer_store(total, splat(0.0, lanes), [whole])
-        with T.serial(0, T.floordiv(padded, lanes)) as v:
-            place = lanes_at(at + v * lanes, lanes)
-            weight = vmath.exp2_clamped(self.scratch[place] - splat(highest, lanes))
-            T.buffer_store(self.scratch, weight, [place])
-            T.buffer_store(total, total[whole] + weight, [whole])
-        return T.bind(horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b))
+        totals = [T.alloc_buffer((lanes,), "float32") for _ in range(self.block.tile.vectors)]
+        for total in totals:
+            T.buffer_store(total, splat(0.0, lanes), [whole])
+        with T.serial(0, T.floordiv(padded, self.panel)) as p:
+            for v, total in enumerate(totals):
+                place = lanes_at(at + p * self.panel + v * lanes, lanes)
+                weight = vmath.exp2_clamped(self.scratch[place] - splat(highest, lanes))
+                T.buffer_store(self.scratch, weight, [place])
+                T.buffer_store(total, total[whole] + weight, [whole])
+        for total in totals[1:]:
+            T.buffer_store(totals[0], totals[0][whole] + total[whole], [whole])
+        return T.bind(horizontal(T.bind(totals[0][whole]), lanes, lambda a, b: a + b))
 
     def weigh_values(self, row: Expr, left: Expr, count: Expr, padded: Expr, *, started: bool) -> None:
         """The strip times v, a block of columns at a time: straight into the result, or beside it if ``started``."""
@@ -456,7 +479,7 @@ class Item:
             a = T.address_of(self.scratch[self.place("scores")])
             b = T.address_of(self.scratch[self.place("values") + start])
             c = T.address_of(into[at + start])
-            sizes = (padded, i32(self.pitch), stride, count)
+            sizes = (self.strip(padded), i32(self.pitch), stride, count)
             vectors, tail = -(-columns // lanes), columns % lanes
             call_tile(self.k.module, tile, left, (a, b, c, b), sizes, vectors=vectors, tail_lanes=tail)
 

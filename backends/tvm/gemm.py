@@ -284,7 +284,8 @@ class StageCode:
             sizes = (self.source.stride, i32(span), self.place.stride, i32(depth))
             start = T.address_of(self.chain.k.ev.sources[bias].buffer[column]) if bias is not None else None
             self._fetch_residuals(row, T.min(left, tile.rows), column, vectors)
-            call_tile(self.chain.k.module, tile, left, pointers, sizes, vectors=vectors, tail_lanes=tail, bias=start)
+            options = {"vectors": vectors, "tail_lanes": tail, "bias": start, "cold": start is not None}
+            call_tile(self.chain.k.module, tile, left, pointers, sizes, **options)
             if not done:
                 with T.serial(0, T.min(left, tile.rows)) as i:
                     self._epilogue(T.bind(row + i), column, span, tail)

@@ -45,11 +45,14 @@ UNROLL = 4
 """Steps of k per iteration of a tile's loop, and steps per prefetched cache line."""
 
 
-def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool, biased: bool) -> tirx.PrimFunc:
+def build_tile(
+    symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool, biased: bool, cold: bool
+) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
     Parameters: A, B, C, ahead, with ``biased`` the row that the sums start from, then lda, ldb, ldc, K, and with
-    ``ragged`` the number of lanes of the last vector to store. Strides are in elements. One cache line from ``ahead``
+    ``ragged`` the number of lanes of the last vector to store. Strides are in elements. With ``cold``, C is not in the
+    cache yet and is fetched to be written. One cache line from ``ahead``
     on is fetched into the second-level cache every ``UNROLL`` steps: the weights that the next tiles multiply would
     otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
     do not depend on how rows are cut into tiles.
@@ -72,7 +75,7 @@ def build_tile(symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool
                 for register, column in zip(row, panel, strict=True):
                     T.buffer_store(register, register[whole] + scalar * column, [whole])
 
-        if biased:  # a linear layer's result, which is not in the cache yet; attention's is
+        if cold:
             for i in range(rows):
                 for v in range(vectors):
                     prefetch(T.address_of(c[i * ldc + v * lanes]), level=1, write=True)
@@ -111,11 +114,11 @@ def prefetch(address: Expr, *, level: int, write: bool = False) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, i32(int(write)), locality, data))
 
 
-def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool, biased: bool) -> str:
+def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool, biased: bool, cold: bool) -> str:
     """C symbol of the tile function of this size, shared by all kernels of the module."""
-    lanes = module.target.lanes
-    name = f"planish_tile_{rows}x{vectors * lanes}" + ("_ragged" if ragged else "") + ("_biased" if biased else "")
-    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, ragged=ragged, biased=biased))
+    lanes, kind = module.target.lanes, {"ragged": ragged, "biased": biased, "cold": cold}
+    name = "_".join([f"planish_tile_{rows}x{vectors * lanes}", *(word for word, wanted in kind.items() if wanted)])
+    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, **kind))
 
 
 def call_tile(
@@ -128,6 +131,7 @@ def call_tile(
     vectors: int,
     tail_lanes: Expr = 0,
     bias: Expr | None = None,
+    cold: bool = False,
 ) -> None:
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
 
@@ -136,6 +140,7 @@ def call_tile(
         sizes: lda, ldb, ldc, K.
         tail_lanes: lanes of the last vector to store, 0 for all.
         bias: pointer to the row that the sums start from; None for zeros.
+        cold: whether C is not in the cache yet.
     """
     ragged = not isinstance(tail_lanes, int) or tail_lanes > 0
     arguments = (
@@ -149,7 +154,7 @@ def call_tile(
         condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
-                symbol = tile_symbol(module, rows, vectors, ragged=ragged, biased=bias is not None)
+                symbol = tile_symbol(module, rows, vectors, ragged=ragged, biased=bias is not None, cold=cold)
                 T.evaluate(T.call_extern("int32", symbol, *arguments))
             if rows > 1:
                 with T.Else():
