@@ -194,25 +194,35 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Columns in the padded batch of a row's tokens.
+
+    Attributes:
+        of: column of a token, from its number within the row.
+        first: column of the first token.
+        follow: whether they follow each other, as they do where the mask has no holes.
+    """
+
+    of: Callable[[Expr], Expr]
+    first: Expr
+    follow: Expr
+
+
+@dataclass(frozen=True)
 class Scores:
     """What is added to the scores of one (batch, head).
 
     Attributes:
         lead: index of the batch and the head.
-        query_column: column of a query in the mask, from its number; None where they are the same.
-        key_column: column of a key; read one by one.
+        queries: columns of the queries in the mask; None where a query's number is its column.
+        keys: columns of the keys.
     """
 
     k: Kernel
     terms: Terms
     lead: Index
-    query_column: Callable[[Expr], Expr] | None = None
-    key_column: Callable[[Expr], Expr] | None = None
-
-    @property
-    def lanes(self) -> int:
-        """How many keys are handled at a time."""
-        return self.k.lanes if self.key_column is None else 1
+    queries: Columns | None = None
+    keys: Columns | None = None
 
     def by_row(self) -> bool:
         """Whether they differ between query rows: causal, or read from memory by query."""
@@ -227,10 +237,29 @@ class Scores:
         found = self.k.ev.affine(mask, index, over)
         return found is None or not equal(found[1][len(shape) - 2], 0)
 
-    def value(self, query: Expr, key: Expr, lanes: int) -> Expr:
-        """The additive mask at keys ``key ..`` of a query, times log2(e)."""
-        row = query if self.query_column is None else self.query_column(query)
-        column = lanes_at(key, lanes) if self.key_column is None else self.key_column(key)
+    def store(self, query: Expr, first: Expr, count: Expr, into: Any, at: Expr) -> None:
+        """Write what is added at keys ``first .. first+count`` of a query, times log2(e).
+
+        Keys whose columns follow each other are read a vector at a time.
+        """
+        row = query if self.queries is None else self.queries.of(query)
+
+        def follow(start: Expr) -> None:
+            for j, lanes in for_vectors(count, self.k.lanes):
+                value = self._value(row, lanes_at(T.bind(start + j), lanes), lanes)
+                T.buffer_store(into, value, [lanes_at(at + j, lanes)])
+
+        if self.keys is None:
+            follow(first)
+            return
+        with T.If(self.keys.follow):
+            with T.Then():
+                follow(T.bind(self.keys.first + first))
+            with T.Else(), T.serial(0, count) as j:
+                T.buffer_store(into, self._value(row, self.keys.of(first + j), 1), [at + j])
+
+    def _value(self, row: Expr, column: Expr, lanes: int) -> Expr:
+        """The additive mask at some columns of a row, times log2(e)."""
         hidden = splat(float("-inf"), lanes)
         value: Expr = splat(0.0, lanes)
         node = self.terms.mask
@@ -416,9 +445,7 @@ class Item:
     def fill_mask(self, row: Expr, begin: Expr, count: Expr, padded: Expr) -> None:
         """What is added to the scores of a query row: the mask, and -inf beyond the last key."""
         mask = self.place("mask")
-        for start, lanes in for_vectors(count, self.scores.lanes):
-            value = self.scores.value(row, T.bind(begin + start), lanes)
-            T.buffer_store(self.scratch, value, [lanes_at(mask + start, lanes)])
+        self.scores.store(row, begin, count, self.scratch, i32(mask))
         with T.serial(0, padded - count) as j:
             T.buffer_store(self.scratch, f32(float("-inf")), [mask + count + j])
 

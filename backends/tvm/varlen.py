@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import sympy
@@ -10,7 +9,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.attention import Block, Item, Matrix, Rows, Scores, Terms, matrix, result_matrix
+from planish.backends.tvm.attention import Block, Columns, Item, Matrix, Rows, Scores, Terms, matrix, result_matrix
 from planish.backends.tvm.builder import (
     TASKS,
     Expr,
@@ -46,7 +45,7 @@ def lower_varlen(module: Module, program: Program, region: Region, attention: fx
                 row, head = _integer(k, order, T.floordiv(item, heads)), T.bind(T.floormod(item, heads))
                 q, q_end = (_integer(k, query_starts, T.bind(row + i)) for i in (0, 1))
                 s, s_end = (_integer(k, key_starts, T.bind(row + i)) for i in (0, 1))
-                columns = _column(k, query_columns, q), _column(k, key_columns, s)
+                columns = [_columns(k, query_columns, q, q_end), _columns(k, key_columns, s, s_end)]
                 scores = Scores(k, Terms.of(attention), (row, head), *columns)
                 operands = [_rows(place, head, start) for place, start in zip(places, (q, s, s, q), strict=True)]
                 code = Item(k, block, buffer, scores, operands[0], operands[1], operands[2], operands[3])
@@ -75,9 +74,18 @@ def _integer(k: Kernel, node: Any, at: Expr) -> Expr:
     return T.bind(tirx.Cast("int32", k.ev.at(node, (at,))))
 
 
-def _column(k: Kernel, columns: Any, first: Expr) -> Callable[[Expr], Expr] | None:
-    """Column in the padded batch of a token, by its number within its row."""
-    return (lambda i: _integer(k, columns, T.bind(first + i))) if isinstance(columns, fx.Node) else None
+def _columns(k: Kernel, columns: Any, first: Expr, end: Expr) -> Columns | None:
+    """Columns of the tokens ``first .. end``; they stand in order."""
+    if not isinstance(columns, fx.Node):
+        return None
+
+    def of(i: Expr) -> Expr:
+        return _integer(k, columns, T.bind(first + i))
+
+    last = T.bind(T.max(end - 1, 0))
+    start = T.bind(T.min(first, last))  # a row without tokens must not read beyond the others'
+    first_column, last_column = (_integer(k, columns, at) for at in (start, last))
+    return Columns(of, first_column, T.bind(tirx.EQ(last_column - first_column, last - start)))
 
 
 _WAYS = 4
