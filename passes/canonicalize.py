@@ -10,6 +10,7 @@ from torch import fx
 
 from planish.ops import ATTENTION, LINEAR, MATMUL, VIEWS, argument, aten, is_random
 from planish.passes.affine import fold_scale, fold_shift
+from planish.passes.attention_patterns import recognise_attention
 from planish.passes.gathers import gather_is_view
 from planish.pipeline import Pass, Result
 from planish.program import Program, add_constant, constant
@@ -275,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     drop_true,
     gather_is_view,
     name_linear,
+    recognise_attention,
     fold_attention_scale,
     fold_scale,
     fold_shift,
