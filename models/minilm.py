@@ -25,8 +25,8 @@ from planish.program import Dim
 def build(row: ModelRow) -> LoadedModel:
     """Load the weights, the tokenizer and the documents.
 
-    The example inputs are the first three documents cut to 96 tokens; batch may grow to 64 and sequence to 512, where its
-    table of positions ends.
+    The example inputs are the first three documents cut to 96 tokens; batch may grow to 64 and sequence to 512,
+    where the table of positions ends.
 
     Raises:
         MissingPackageError: a file of one of the row's packages is not there.

@@ -134,9 +134,10 @@ def test_pearson_reads_the_upper_triangle() -> None:
     rating = 0.5 + 0.25 * cosines
     assert pearson(vectors, rating.triu(1)) == pytest.approx(1.0)
     assert pearson(vectors, -rating) == pytest.approx(-1.0)
-    order = torch.tensor([[0.0, 1, 2, 3], [0, 0, 5, 4], [0, 0, 0, 6], [0, 0, 0, 0]])
+    ranks = torch.tensor([[0.0, 1, 2, 3], [9, 9, 5, 4], [9, 9, 9, 6], [9, 9, 9, 9]])
     six = torch.stack([cosines[i, j] for i in range(4) for j in range(i + 1, 4)])
-    assert pearson(vectors, order) == pytest.approx(float(torch.corrcoef(torch.stack([six, torch.tensor([1.0, 2, 3, 5, 4, 6]).double()]))[0, 1]))
+    wanted = torch.corrcoef(torch.stack([six, torch.tensor([1.0, 2, 3, 5, 4, 6]).double()]))[0, 1]
+    assert pearson(vectors, ranks) == pytest.approx(float(wanted))
     with pytest.raises(NumericError, match="not a number"):
         pearson(torch.ones(4, 2), rating)
 
