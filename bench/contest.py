@@ -8,7 +8,7 @@ from typing import Any
 
 from planish.bench import inductor
 from planish.bench.latency import interleave
-from planish.bench.peer import CTRANSLATE2, Peer
+from planish.bench.peer import CTRANSLATE2, SETTLE, Peer
 from planish.bench.quality import outputs, quality
 from planish.bench.result import Row, make_row
 from planish.models.base import Batch, LoadedModel
@@ -68,7 +68,7 @@ def contest(
     if isinstance(peer, Peer):
         peer.load(batches)
         runs[CTRANSLATE2] = peer.run
-    times = interleave(runs, rounds)
+    times = interleave(runs, rounds, pause=SETTLE if isinstance(peer, Peer) else 0.0)
     reference = outputs(loaded.model, batches, loaded.metric)
     qualities = {n: quality(c, reference, batches, loaded.metric) for n, c in calls.items()}
     if isinstance(peer, Peer):

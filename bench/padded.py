@@ -92,7 +92,7 @@ def uniform_set(docs: int, rows: int, seq: int) -> PaddedSet:
 
 def _shuffled(lengths: Sequence[int], seed: int) -> list[int]:
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
-    return [lengths[i] for i in order]
+    return [lengths[int(i)] for i in order]
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,8 @@ class Sorted:
         for batch in batches:
             count, seq = batch["attention_mask"].shape
             whole = outputs[0].new_zeros(count, seq, outputs[0].shape[-1])
-            for i, length in enumerate(batch["attention_mask"].sum(1).tolist()):
+            for i, mask in enumerate(batch["attention_mask"]):
+                length = int(mask.sum())
                 whole[i, :length] = rows[first + i][:length]
             restored.append(whole)
             first += count

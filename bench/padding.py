@@ -20,7 +20,7 @@ from planish.bench.inductor import run_all
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import interleave, speedup
 from planish.bench.padded import PaddedSet, fill_set, sort_by_length, uniform_set
-from planish.bench.peer import CTRANSLATE2, Peer, ctranslate2
+from planish.bench.peer import CTRANSLATE2, SETTLE, Peer, ctranslate2
 from planish.bench.quality import outputs
 from planish.bench.result import BenchResult, KernelRow, Row, make_row
 from planish.errors import NumericError
@@ -171,7 +171,8 @@ def _sets(options: Options, loaded: LoadedModel) -> list[PaddedSet]:
 def _measure(field: Field, chosen: PaddedSet, rounds: int) -> tuple[list[Row], dict[str, list[float]]]:
     """The rows of one set, and every contender's milliseconds per round."""
     contenders = field.contenders(chosen.batches)
-    times = interleave({name: c.run for name, c in contenders.items()}, rounds)
+    pause = SETTLE if isinstance(field.peer, Peer) else 0.0
+    times = interleave({name: c.run for name, c in contenders.items()}, rounds, pause=pause)
     metric = field.loaded.metric
     reference = contenders["eager"].outputs()
     rows: list[Row] = []

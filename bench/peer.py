@@ -33,6 +33,10 @@ LIBRARIES = {"onednn": "0", "mkl": "1"}
 """Which library its GEMMs come from, and the CT2_USE_MKL that asks for it. Its own choice on processors that are not
 Intel's is the first, and often the slower."""
 
+SETTLE = 0.03
+"""Seconds between two calls while a peer takes part: OpenMP's threads spin for some 10 ms after a call, here on cores
+that the other process then needs. Without it whoever ran after the peer took 5 to 7 ms longer."""
+
 _MESSAGES = "stderr.txt"
 
 
@@ -116,7 +120,7 @@ class Peer:
         file = child.folder / "outputs.npz"
         child.ask("save", str(file))
         with np.load(file) as arrays:
-            return [torch.from_numpy(arrays[f"out{i}"].copy()) for i in range(len(arrays))]
+            return [torch.tensor(arrays[f"out{i}"]) for i in range(len(arrays))]
 
 
 @contextmanager

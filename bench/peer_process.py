@@ -46,7 +46,8 @@ def serve(model: str, threads: int) -> None:
 
     def save(file: str) -> dict[str, Any]:
         states = [np.array(encoder.forward_batch(*batch).last_hidden_state) for batch in batches]
-        np.savez(file, **{f"out{i}": array for i, array in enumerate(states)})
+        named: dict[str, Any] = {f"out{i}": array for i, array in enumerate(states)}
+        np.savez(file, **named)
         return {"saved": len(states)}
 
     commands: dict[str, Callable[[Any], dict[str, Any]]] = {"load": load, "run": run, "save": save}

@@ -102,7 +102,7 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
                 f"{row['ratio_to_eager']:.3f}",
                 f"{low:.3f} to {high:.3f}",
                 *(format(row["quality"][key], _QUALITY[key][1]) for key in shown),
-                "; ".join(claims),
+                "\n".join(claims),
             )
         )
     return _table(columns, cells)
@@ -197,11 +197,10 @@ def _padding_figures(result: dict[str, Any]) -> list[str]:
             low, high = (1 / bound - 1 for bound in reversed(found["measured_ci95"]))
             loss = 1 / found["measured"] - 1
             lines.append(f"{found['set']}: packed takes {loss:+.1%} ({low:+.1%} to {high:+.1%}) against padded")
-        if found["ctranslate2"]:
-            mode = found["ctranslate2"]
-            lines.append(
-                f"{found['set']}: CTranslate2 {mode['version']} runs on {mode['mode']}, the faster ({_trial(mode)})"
-            )
+    modes = [(found["set"], found["ctranslate2"]) for found in result["sets"] if found["ctranslate2"]]
+    if modes:
+        libraries = ", ".join(f"{label} {mode['mode']}" for label, mode in modes)
+        lines.append(f"CTranslate2 {modes[0][1]['version']} runs on the faster of its libraries: {libraries}")
     ratings = ", ".join(f"{name} {value:.6f}" for name, value in result["lee_pearson"].items())
     lines.append(f"Pearson correlation with human ratings of 1,225 pairs: {ratings}")
     return lines

@@ -4,8 +4,10 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from planish.bench import encoder, inductor, limits, memory, overhead, report, result
+from planish.bench import encoder, inductor, latency, limits, memory, overhead, report, result
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
 from planish.errors import TargetError, ToolchainError
@@ -25,10 +27,35 @@ _MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
 
 def test_interleave_rotates_and_warms_up() -> None:
     order: list[str] = []
-    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, rounds=3, warmup=1)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3, "c": 3}
+    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, rounds=4, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "cba"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert all(t >= 0 for ms in times.values() for t in ms)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_each_call_follows_each_other_one_equally_often(count: int) -> None:
+    order: list[int] = []
+    interleave({str(n): lambda n=n: order.append(n) for n in range(count)}, rounds=2 * count, warmup=0)
+    rounds = [order[i : i + count] for i in range(0, len(order), count)]
+    assert all(sorted(one) == list(range(count)) for one in rounds)
+    pairs = Counter(pair for one in rounds for pair in pairwise(one))
+    assert len(pairs) == count * (count - 1)
+    assert set(pairs.values()) == {2}
+
+
+def test_a_pause_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: round(now * 1e9))
+    monkeypatch.setattr(latency.time, "sleep", advance)
+    times = interleave({"a": lambda: advance(0.002), "b": lambda: advance(0.004)}, rounds=3, pause=0.05)
+    assert times == {"a": pytest.approx([2.0] * 3), "b": pytest.approx([4.0] * 3)}
+    assert now == pytest.approx(4 * 0.006 + 6 * 0.05)
 
 
 @given(_MS, st.floats(1.5, 4.0))
