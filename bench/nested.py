@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,7 +82,8 @@ def build(bert: torch.nn.Module, batch: Batch) -> NestedEncoder:
         NumericError: on ``batch`` not every layer takes the fast path, so that its time would mean nothing.
     """
     encoder = NestedEncoder(bert)
-    with _FastLayers() as fast:
+    with _FastLayers() as fast, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors")  # a prototype: it is only measured here
         encoder(**batch)
     layers = len(encoder.encoder.layers)
     if fast.count != layers:

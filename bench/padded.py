@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import floor
 
 import torch
 
@@ -38,12 +39,13 @@ class PaddedSet:
 
 
 def spread(count: int, low: float, high: float) -> list[int]:
-    """``count`` whole numbers, evenly spaced from ``low`` to ``high``, each within 1 of its place.
+    """``count`` whole numbers, evenly spaced from ``low`` to ``high`` (one: their middle), each within 1 of its place.
 
     Their sum is exactly ``count * (low + high) / 2`` where that is whole: the running sum is rounded, not each number.
     """
     step = (high - low) / (count - 1) if count > 1 else 0.0
-    sums = [0, *(round(total) for total in accumulate(low + i * step for i in range(count)))]
+    first = low if count > 1 else (low + high) / 2
+    sums = [0, *(floor(total + 0.5) for total in accumulate(first + i * step for i in range(count)))]
     return [after - before for before, after in pairwise(sums)]
 
 
@@ -56,8 +58,8 @@ def filled(rows: int, seq: int, fill: float) -> list[int]:
     Raises:
         ValueError: the share is no whole number of tokens, or too small for the full row and one token in each other.
     """
-    tokens = fill * rows * seq
-    if tokens != round(tokens) or not seq + rows - 1 <= tokens <= rows * seq:
+    tokens = round(fill * rows * seq)
+    if abs(tokens - fill * rows * seq) > 1e-6 or not seq + rows - 1 <= tokens <= rows * seq:
         raise ValueError(f"{fill} of {rows} x {seq} places: no batch with one full row and no empty one has that fill")
     if rows == 1:
         return [seq]

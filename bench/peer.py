@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
@@ -174,3 +174,5 @@ def _serving(folder: Path, library: str, threads: int) -> Generator[Child]:
             yield Child(process, own)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # a command that was never read
+                cast("IO[str]", process.stdin).close()
