@@ -47,6 +47,16 @@ def encoder(
 
 
 @app.command()
+def padding(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds over each set")] = 11,
+) -> None:
+    """MiniLM on batches a quarter to wholly full, on mixed lengths and on documents, with and without padding."""
+    _measure("planish.bench.padding", json, threads, rounds)
+
+
+@app.command()
 def cnn(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,

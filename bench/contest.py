@@ -1,14 +1,14 @@
-"""One compiled model against eager and inductor, interleaved: what every model benchmark does."""
+"""Our builds of a model against eager, inductor and a peer, interleaved: what every model benchmark does."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from planish.bench import inductor
 from planish.bench.latency import interleave
+from planish.bench.peer import CTRANSLATE2, SETTLE, Peer
 from planish.bench.quality import outputs, quality
 from planish.bench.result import Row, make_row
 from planish.models.base import Batch, LoadedModel
@@ -18,15 +18,17 @@ COMPILED = "planish-fp32"
 
 @dataclass(frozen=True)
 class Contest:
-    """The contenders' rows, and inductor or the reason why there is none."""
+    """The contenders' rows, inductor or the reason why there is none, and the same of the peer, if one was asked."""
 
     rows: list[Row]
     rival: inductor.Inductor | str
+    peer: Peer | str | None = None
 
     @property
     def absent(self) -> list[dict[str, str]]:
         """Contenders that could not run, with the reason."""
-        return [{"name": "inductor", "reason": self.rival}] if isinstance(self.rival, str) else []
+        named = {"inductor": self.rival, CTRANSLATE2: self.peer}
+        return [{"name": name, "reason": found} for name, found in named.items() if isinstance(found, str)]
 
     @property
     def mode(self) -> dict[str, Any] | None:
@@ -35,30 +37,25 @@ class Contest:
         return None if isinstance(rival, str) else {"mode": rival.mode, "trial_ms": rival.trial_ms}
 
 
-def compile_twice(compile_model: Callable[..., Any], loaded: LoadedModel) -> tuple[Any, dict[str, float]]:
-    """The compiled model, with the seconds of compiling it (export included) and of doing the same again."""
-    seconds: list[float] = []
-    compiled = None
-    for _ in range(2):
-        start = time.perf_counter()
-        compiled = compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic)
-        seconds.append(time.perf_counter() - start)
-    return compiled, {"compile_s": seconds[0], "second_compile_s": seconds[1]}
-
-
 def contest(
-    loaded: LoadedModel, compiled: Any, batches: Sequence[Batch], rounds: int, log: Callable[[str], None]
+    loaded: LoadedModel,
+    ours: Mapping[str, Callable[..., Any]],
+    batches: Sequence[Batch],
+    rounds: int,
+    log: Callable[[str], None],
+    peer: Peer | str | None = None,
 ) -> Contest:
-    """Time eager, the faster mode of inductor and the compiled model in turn, and compare their outputs with eager's.
+    """Time eager, the faster mode of inductor, the peer and our builds in turn, and compare outputs with eager's.
 
     Call it in inference mode.
 
     Args:
         loaded: the model, with its metric.
-        compiled: the compiled model.
+        ours: row name to compiled model; each is compared with every contender before it.
         batches: a round is one pass over them.
         rounds: timed rounds.
         log: told the name of each phase.
+        peer: another engine, or why there is none; None if none was asked.
     """
     log("compiling with inductor, both modes")
     rival = inductor.build(loaded.model, batches)
@@ -66,10 +63,16 @@ def contest(
     calls: dict[str, Callable[..., Any]] = {"eager": loaded.model}
     if isinstance(rival, inductor.Inductor):
         calls["inductor"] = rival.call
-    calls[COMPILED] = compiled
-    times = interleave({n: inductor.run_all(c, batches) for n, c in calls.items()}, rounds)
+    calls |= ours
+    runs: dict[str, Callable[[], None]] = {n: inductor.run_all(c, batches) for n, c in calls.items()}
+    if isinstance(peer, Peer):
+        peer.load(batches)
+        runs[CTRANSLATE2] = peer.run
+    times = interleave(runs, rounds, pause=SETTLE if isinstance(peer, Peer) else 0.0)
     reference = outputs(loaded.model, batches, loaded.metric)
     qualities = {n: quality(c, reference, batches, loaded.metric) for n, c in calls.items()}
-    versus = ("inductor",) if "inductor" in calls else ()
-    rows = [make_row(n, times, qualities[n], versus if n == COMPILED else ()) for n in calls]
-    return Contest(rows, rival)
+    if isinstance(peer, Peer):
+        qualities[CTRANSLATE2] = loaded.metric.compare(reference, peer.outputs(), batches)
+    order = [n for n in runs if n not in ours] + list(ours)
+    rows = [make_row(n, times, qualities[n], order[1 : order.index(n)] if n in ours else ()) for n in order]
+    return Contest(rows, rival, peer)

@@ -1,4 +1,4 @@
-"""The encoder benchmark: MiniLM on real documents, eager against inductor against compiled."""
+"""The encoder benchmark: MiniLM on real documents, eager against inductor, CTranslate2 and our two builds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 
 from planish import models
 from planish.bench import MIN_ROUNDS, limits, memory, overhead
-from planish.bench.contest import compile_twice, contest
+from planish.bench.builds import PACKED, PADDED, compile_padded, compile_twice
+from planish.bench.contest import contest
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
+from planish.bench.peer import Peer, ctranslate2
 from planish.bench.result import BenchResult
 from planish.models.base import Batch, LoadedModel
 
@@ -49,6 +51,8 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         compile_model: ``planish.compile``.
         log: told the name of each phase.
 
+    The row that counts is the default build's, which drops padding; the kernels and memory are that build's too.
+
     Raises:
         PlanishError: the model does not compile, a package or tool is missing, or outputs are not finite.
     """
@@ -60,7 +64,9 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
     with torch.inference_mode(), limits.probe(options.threads) as probe:
         log(f"compiling {options.model}, twice")
         compiled, compile_times = compile_twice(compile_model, loaded)
-        found = contest(loaded, compiled, batches, options.rounds, log)
+        ours = {PADDED: compile_padded(compile_model, loaded), PACKED: compiled}
+        with ctranslate2(loaded, options.threads) as peer:
+            found = contest(loaded, ours, batches, options.rounds, log, peer)
         log("the machine's limits, each kernel alone, call overhead")
         limits_before = limits.measure(probe)
         probes = _probe_batches(loaded, batches)
@@ -74,6 +80,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             **overhead.after_torch_op(compiled, probes[1]),
             "memory": {**compiled.memory(batches[0]), "peak_rss": peaks},
             "inductor": found.mode,
+            "ctranslate2": peer.mode if isinstance(peer, Peer) else None,
         }
     return BenchResult("encoder", options.threads, limits_found, found.rows, kernels, found.absent, extra)
 

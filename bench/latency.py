@@ -32,15 +32,19 @@ class Ratio:
         return f"{self.value:.2f}x {baseline}" if self.low > 1.0 else f"slower: {self.value:.2f}x {baseline}"
 
 
-def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(
+    calls: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1, pause: float = 0.0
+) -> dict[str, list[float]]:
     """Time several calls in turn, so that a slow phase of the machine meets all of them.
 
-    The order rotates from round to round: none always runs in the wake of the same other one.
+    The order changes from round to round: over ``2 * len(calls)`` rounds each has run right after each other one
+    equally often, as what a call leaves behind (caches, threads that still spin) is part of the next one's time.
 
     Args:
         calls: name to what is timed.
         rounds: timed rounds, at least 1.
         warmup: untimed rounds before them.
+        pause: untimed seconds before each call, for threads that still spin after another process's turn.
 
     Returns:
         Name to milliseconds per round; entry i of every list is from round i.
@@ -55,8 +59,9 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: i
     gc.disable()
     try:
         for i in range(rounds):
-            shift = i % len(names)
-            for name in names[shift:] + names[:shift]:
+            for name in _order(names, i):
+                if pause:
+                    time.sleep(pause)
                 start = time.perf_counter_ns()
                 calls[name]()
                 times[name].append((time.perf_counter_ns() - start) / 1e6)
@@ -64,6 +69,14 @@ def interleave(calls: Mapping[str, Callable[[], object]], rounds: int, warmup: i
         if collecting:
             gc.enable()
     return times
+
+
+def _order(names: Sequence[str], i: int) -> list[str]:
+    """The order of round ``i``: a row of Williams's square (1949), then the same rows backwards."""
+    count = len(names)
+    zigzag = [(k + 1) // 2 if k % 2 else count - k // 2 for k in range(count)]  # 0, 1, -1, 2, -2, ...
+    row = [names[(place + i) % count] for place in zigzag]
+    return row if i // count % 2 == 0 else row[::-1]
 
 
 def speedup(baseline_ms: Sequence[float], candidate_ms: Sequence[float], seed: int = 0) -> Ratio:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from rich import box
@@ -26,7 +27,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     for absent in result["absent"]:
         console.print(Text(f"no {absent['name']} row: {absent['reason']}"))
     console.print(_kernels(result["kernels"]))
-    figures = _figures if result["bench"] == "encoder" else _suite_figures
+    if result["bench"] == "padding":
+        console.print(_sets(result["sets"]))
+    figures = {"encoder": _figures, "padding": _padding_figures}.get(result["bench"], _suite_figures)
     for line in figures(result):
         console.print(Text(line))
 
@@ -86,9 +89,11 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         low, high = row["ratio_ci95"]
         claims = [row["claim"]]
-        if "ratio_to_inductor" in row:
-            lo, hi = row["ratio_to_inductor_ci95"]
-            claims.append(f"{row['claim_inductor']} ({lo:.2f} to {hi:.2f})")
+        for other in (key.removeprefix("claim_") for key in row if key.startswith("claim_")):
+            claim = row[f"claim_{other}"]
+            lo, hi = row[f"ratio_to_{other}_ci95"]
+            named = claim if other in claim else f"{claim} ({other})"
+            claims.append(f"{named} ({lo:.2f} to {hi:.2f})")
         cells.append(
             (
                 row["name"],
@@ -97,7 +102,7 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
                 f"{row['ratio_to_eager']:.3f}",
                 f"{low:.3f} to {high:.3f}",
                 *(format(row["quality"][key], _QUALITY[key][1]) for key in shown),
-                "; ".join(claims),
+                "\n".join(claims),
             )
         )
     return _table(columns, cells)
@@ -139,8 +144,11 @@ def _figures(result: dict[str, Any]) -> list[str]:
         steps = ", ".join(f"{phase.replace('_', ' ')} {value / _MIB:.0f}" for phase, value in marks.items())
         lines.append(f"peak memory of the {name} process, MiB: {steps}")
     if result["inductor"]:
-        trial = ", ".join(f"{mode} {ms:.0f} ms" for mode, ms in result["inductor"]["trial_ms"].items())
-        lines.append(f"inductor runs in its faster mode, {result['inductor']['mode']} ({trial})")
+        mode = result["inductor"]
+        lines.append(f"inductor runs in its faster mode, {mode['mode']} ({_trial(mode)})")
+    if result["ctranslate2"]:
+        mode = result["ctranslate2"]
+        lines.append(f"CTranslate2 {mode['version']} runs on {mode['mode']}, the faster ({_trial(mode)})")
     return lines
 
 
@@ -155,9 +163,51 @@ def _suite_figures(result: dict[str, Any]) -> list[str]:
         )
     for label, found in result["inductor"].items():
         if found:
-            trial = ", ".join(f"{mode} {ms:.0f} ms" for mode, ms in found["trial_ms"].items())
-            lines.append(f"inductor runs {label} in its faster mode, {found['mode']} ({trial})")
+            lines.append(f"inductor runs {label} in its faster mode, {found['mode']} ({_trial(found)})")
     return lines
+
+
+def _sets(sets: list[dict[str, Any]]) -> Table:
+    """What dropping padding gained on each set, beside what the formula promises."""
+    columns = ("set", "batches", "tokens", "kappa", "f1", "f2", "expected", "measured", "95 % interval", "of expected")
+    cells: list[tuple[str, ...]] = []
+    for found in sets:
+        low, high = found["measured_ci95"]
+        figures = (f"{found[key]:.3f}" for key in ("kappa", "f1", "f2", "speedup", "measured"))
+        shapes = Counter("x".join(map(str, shape)) for shape in found["batches"])
+        cells.append(
+            (
+                found["set"],
+                ", ".join(f"{count} of {shape}" for shape, count in shapes.items()),
+                str(found["tokens"]),
+                *figures,
+                f"{low:.3f} to {high:.3f}",
+                f"{found['measured_to_expected']:.1%}",
+            )
+        )
+    return _table(columns, cells)
+
+
+def _padding_figures(result: dict[str, Any]) -> list[str]:
+    lines = ["expected: (1 + a) / (f1 + a f2) with a = kappa S / (6 H), over our padded build"]
+    if not result["removes_padding"]:
+        lines.append("both builds are the same: there is no pass that removes padding")
+    for found in result["sets"]:
+        if found["f1"] == 1:
+            low, high = (1 / bound - 1 for bound in reversed(found["measured_ci95"]))
+            loss = 1 / found["measured"] - 1
+            lines.append(f"{found['set']}: packed takes {loss:+.1%} ({low:+.1%} to {high:+.1%}) against padded")
+    modes = [(found["set"], found["ctranslate2"]) for found in result["sets"] if found["ctranslate2"]]
+    if modes:
+        libraries = ", ".join(f"{label} {mode['mode']}" for label, mode in modes)
+        lines.append(f"CTranslate2 {modes[0][1]['version']} runs on the faster of its libraries: {libraries}")
+    ratings = ", ".join(f"{name} {value:.6f}" for name, value in result["lee_pearson"].items())
+    lines.append(f"Pearson correlation with human ratings of 1,225 pairs: {ratings}")
+    return lines
+
+
+def _trial(mode: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {ms:.0f} ms" for name, ms in mode["trial_ms"].items())
 
 
 def _table(columns: tuple[str, ...], cells: list[tuple[str, ...]]) -> Table:

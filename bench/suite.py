@@ -10,7 +10,8 @@ import torch
 
 from planish import models
 from planish.bench import MIN_ROUNDS, limits
-from planish.bench.contest import compile_twice, contest
+from planish.bench.builds import compile_twice
+from planish.bench.contest import COMPILED, contest
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.result import BenchResult, KernelRow, Row
 from planish.errors import UnknownNameError
@@ -82,7 +83,9 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             for batch in BATCHES:
                 label = f"{name} x{batch}"
                 log(f"{label}:")
-                found = contest(loaded, compiled, loaded.data.batches(DOCUMENTS, batch), options.rounds, log)
+                found = contest(
+                    loaded, {COMPILED: compiled}, loaded.data.batches(DOCUMENTS, batch), options.rounds, log
+                )
                 own = {"model": name, "batch": batch}
                 rows += [replace(r, name=f"{r.name} {label}", extra={**r.extra, **own}) for r in found.rows]
                 absent += [{**a, "name": f"{a['name']} {label}"} for a in found.absent]

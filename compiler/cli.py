@@ -94,7 +94,7 @@ def load_model(name: str) -> tuple[Any, Any, Any]:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="encoder, cnn, families or families-real")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="encoder, padding, cnn, families or families-real")],
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
 ) -> None:
@@ -232,7 +232,7 @@ def _findings() -> list[list[str]]:
     uses = {"cc": "builds the thread launcher at first use", "g++": "needed by the benchmark's inductor row"}
     rows += [[tool, shutil.which(tool) or f"not found ({use})"] for tool, use in uses.items()]
     pretrained = dict.fromkeys(m for row in MODELS.values() if row.extra == "models" for m in row.packages)
-    extras = {"models": tuple(pretrained), "report": ("plotly",), "arm": ("ziglang",)}
+    extras = {"models": tuple(pretrained), "report": ("plotly",), "peers": ("ctranslate2",), "arm": ("ziglang",)}
     for extra, modules in extras.items():
         missing = [name for name in modules if util.find_spec(name) is None]
         rows.append([f"planish[{extra}]", f"not installed: {', '.join(missing)}" if missing else "installed"])

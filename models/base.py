@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -50,6 +51,7 @@ class LoadedModel:
         dynamic: argument name to {axis: Dim}, for ``planish.compile(..., dynamic=...)``.
         data: real inputs.
         metric: how outputs are compared.
+        folder: the checkpoint's folder as Hugging Face lays it out, for other engines to convert; None without one.
     """
 
     name: str
@@ -59,3 +61,4 @@ class LoadedModel:
     dynamic: dict[str, dict[int, Dim]]
     data: Data
     metric: Metric
+    folder: Path | None = None

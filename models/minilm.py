@@ -25,7 +25,8 @@ from planish.program import Dim
 def build(row: ModelRow) -> LoadedModel:
     """Load the weights, the tokenizer and the documents.
 
-    The example inputs are the first three documents cut to 96 tokens; batch may grow to 64 and sequence to 256.
+    The example inputs are the first three documents cut to 96 tokens; batch may grow to 64 and sequence to 512,
+    where the table of positions ends.
 
     Raises:
         MissingPackageError: a file of one of the row's packages is not there.
@@ -40,7 +41,7 @@ def build(row: ModelRow) -> LoadedModel:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     data = Documents(tuple(lee.read_text("latin-1").splitlines()), tokenizer)
-    axes = {0: Dim("batch", 1, 64), 1: Dim("seq", 1, 256)}
+    axes = {0: Dim("batch", 1, 64), 1: Dim("seq", 1, 512)}
     return LoadedModel(
         name=row.name,
         model=model.eval().requires_grad_(False),
@@ -49,6 +50,7 @@ def build(row: ModelRow) -> LoadedModel:
         dynamic={"input_ids": dict(axes), "attention_mask": dict(axes)},
         data=data,
         metric=EmbeddingMetric(),
+        folder=folder,
     )
 
 

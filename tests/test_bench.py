@@ -4,8 +4,10 @@ import io
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from planish.bench import encoder, inductor, limits, memory, overhead, report, result
+from planish.bench import encoder, inductor, latency, limits, memory, overhead, report, result
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
 from planish.errors import TargetError, ToolchainError
@@ -25,10 +27,35 @@ _MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
 
 def test_interleave_rotates_and_warms_up() -> None:
     order: list[str] = []
-    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, rounds=3, warmup=1)
-    assert "".join(order) == "abc" + "abc" + "bca" + "cab"
-    assert {name: len(ms) for name, ms in times.items()} == {"a": 3, "b": 3, "c": 3}
+    times = interleave({n: lambda n=n: order.append(n) for n in "abc"}, rounds=4, warmup=1)
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab" + "cba"
+    assert {name: len(ms) for name, ms in times.items()} == {"a": 4, "b": 4, "c": 4}
     assert all(t >= 0 for ms in times.values() for t in ms)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 8])
+def test_each_call_follows_each_other_one_equally_often(count: int) -> None:
+    order: list[int] = []
+    interleave({str(n): lambda n=n: order.append(n) for n in range(count)}, rounds=2 * count, warmup=0)
+    rounds = [order[i : i + count] for i in range(0, len(order), count)]
+    assert all(sorted(one) == list(range(count)) for one in rounds)
+    pairs = Counter(pair for one in rounds for pair in pairwise(one))
+    assert len(pairs) == count * (count - 1)
+    assert set(pairs.values()) == {2}
+
+
+def test_a_pause_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def advance(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(latency.time, "perf_counter_ns", lambda: round(now * 1e9))
+    monkeypatch.setattr(latency.time, "sleep", advance)
+    times = interleave({"a": lambda: advance(0.002), "b": lambda: advance(0.004)}, rounds=3, pause=0.05)
+    assert times == {"a": pytest.approx([2.0] * 3), "b": pytest.approx([4.0] * 3)}
+    assert now == pytest.approx(4 * 0.006 + 6 * 0.05)
 
 
 @given(_MS, st.floats(1.5, 4.0))
@@ -193,8 +220,8 @@ def test_peak_of_a_child_does_not_count_its_parent() -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> Callable[[], result.BenchResult]:
-    """The encoder benchmark on two documents, without inductor and without measuring processes."""
+def quick(monkeypatch: pytest.MonkeyPatch, without_ctranslate2: None) -> Callable[[], result.BenchResult]:
+    """The encoder benchmark on two documents, without its rivals and without measuring processes."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(
         memory, "peak", lambda *_: {"after_load": 1 << 20, "after_compile": 2 << 20, "after_run": 3 << 20}
@@ -213,7 +240,7 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     assert {"bench", "machine", "threads", "limits", "rows", "kernels", "absent"} <= set(read)
     assert (read["bench"], read["threads"]) == ("encoder", torch.get_num_threads())
     assert {"fma_gflops": 100.0, "read_gbs": 20.0}.items() <= read["limits"].items()
-    assert [row["name"] for row in read["rows"]] == ["eager", "planish-fp32"]
+    assert [row["name"] for row in read["rows"]] == ["eager", "planish-fp32-padded", "planish-fp32-packed"]
     for row in read["rows"]:
         assert {"ms_median", "ms_min", "ratio_to_eager", "ratio_ci95", "quality"} <= set(row)
         assert set(row["quality"]) == {"cosine_min", "cosine_mean", "max_abs"}
@@ -222,21 +249,21 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
         assert low <= row["ratio_to_eager"] <= high
         assert len(row["rounds_ms"]) == 7
     assert read["rows"][0]["ratio_to_eager"] == 1.0
-    assert read["rows"][1]["quality"] == pytest.approx(
-        {"cosine_min": 1.0, "cosine_mean": 1.0, "max_abs": 0.0}, abs=1e-9
-    )
+    for row in read["rows"][1:]:
+        assert row["quality"] == pytest.approx({"cosine_min": 1.0, "cosine_mean": 1.0, "max_abs": 0.0}, abs=1e-9)
+    assert "claim_planish-fp32-padded" in read["rows"][2]
     for kernel in read["kernels"]:
         assert {"name", "shape", "ms", "gflops", "share_of_limit"} <= set(kernel)
     assert {tuple(k["batch"]) for k in read["kernels"] if k["name"] != "linear"} == {(1, 24), (1, 64), (7, 143)}
     assert {k["shape"][0] for k in read["kernels"] if k["name"] == "linear"} == {64, 1001, 4096}
-    assert read["absent"][0]["name"] == "inductor"
+    assert [absent["name"] for absent in read["absent"]] == ["inductor", "ctranslate2-fp32"]
     assert "no-such-compiler" in read["absent"][0]["reason"]
-    extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory"}
+    extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory", "ctranslate2"}
     assert extras <= set(read)
     assert read["memory"]["peak_rss"]["planish"]["after_run"] == 3 << 20
     text = _printed(read)
     assert "no inductor row: no C++ compiler" in text
-    assert "planish-fp32" in text
+    assert "planish-fp32-packed" in text
     assert "1000x1536x384" not in text
     assert "1001x1536x384" in text
     assert "arena: 3.0 MiB for 9.0 MiB of intermediates (33%)" in text

@@ -11,6 +11,7 @@ from planish import models
 from planish.errors import InputError, MissingPackageError, NumericError, UnknownNameError
 from planish.models import registry
 from planish.models.embedding import EmbeddingMetric, embed
+from planish.models.lee import pearson, rated
 
 _SEP, _CLS = 102, 101
 
@@ -73,7 +74,7 @@ def test_minilm_is_ready_to_compile(minilm: models.LoadedModel) -> None:
     shape = minilm.inputs["input_ids"].shape
     assert min(shape) > 1, "an example size of 1 would be specialised"
     for axes in minilm.dynamic.values():
-        assert [(d.name, d.min, d.max) for d in axes.values()] == [("batch", 1, 64), ("seq", 1, 256)]
+        assert [(d.name, d.min, d.max) for d in axes.values()] == [("batch", 1, 64), ("seq", 1, 512)]
     assert "BertModel" not in repr(minilm)
 
 
@@ -118,19 +119,27 @@ def test_bad_counts_are_errors(minilm: models.LoadedModel, wrong: dict[str, int]
 @pytest.mark.needs_weights
 def test_embeddings_agree_with_human_ratings(minilm: models.LoadedModel) -> None:
     """The published check that weights, tokeniser and pooling belong together: Pearson 0.656 on Lee's 1,225 pairs."""
-    from planish.models.text import Documents
-
-    row = models.MODELS["minilm"]
-    folder = registry.package_file(row, "gensim", "test", "test_data", "lee.cor").parent
-    texts = tuple((folder / "lee.cor").read_text("latin-1").splitlines())
-    numbers = [[float(v) for v in x.split()] for x in (folder / "similarities0-1.txt").read_text().splitlines()]
-    human = torch.tensor(numbers)
-    batch = Documents(texts, minilm.tokenizer).batches(50, 50, 256)[0]
+    known = rated(minilm.tokenizer)
+    assert known.human.shape == (50, 50)
+    batch = known.documents.batches(50, 50, 256)[0]
     with torch.inference_mode():
         vectors = embed(minilm.metric.output(minilm.model(**batch)), batch["attention_mask"])
-    upper = torch.triu_indices(50, 50, 1)
-    pairs = torch.stack([(vectors @ vectors.T)[*upper], human[*upper]])
-    assert float(torch.corrcoef(pairs)[0, 1]) == pytest.approx(0.656, abs=0.005)
+    assert pearson(vectors, known.human) == pytest.approx(0.656, abs=0.005)
+
+
+def test_pearson_reads_the_upper_triangle() -> None:
+    angles = torch.tensor([0.0, 0.3, 1.0, 2.0])
+    vectors = torch.stack([angles.cos(), angles.sin()], -1)
+    cosines = (vectors @ vectors.T).double()
+    rating = 0.5 + 0.25 * cosines
+    assert pearson(vectors, rating.triu(1)) == pytest.approx(1.0)
+    assert pearson(vectors, -rating) == pytest.approx(-1.0)
+    ranks = torch.tensor([[0.0, 1, 2, 3], [9, 9, 5, 4], [9, 9, 9, 6], [9, 9, 9, 9]])
+    six = torch.stack([cosines[i, j] for i in range(4) for j in range(i + 1, 4)])
+    wanted = torch.corrcoef(torch.stack([six, torch.tensor([1.0, 2, 3, 5, 4, 6]).double()]))[0, 1]
+    assert pearson(vectors, ranks) == pytest.approx(float(wanted))
+    with pytest.raises(NumericError, match="not a number"):
+        pearson(torch.ones(4, 2), rating)
 
 
 def _batch(valid: list[int], length: int) -> dict[str, torch.Tensor]:
