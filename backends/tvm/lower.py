@@ -25,6 +25,7 @@ from planish.backends.tvm.reduction import lower_reduction, lower_running, lower
 from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
+from planish.backends.tvm.softmax import lower_softmax
 from planish.backends.tvm.sort import lower_sort, sort_reason
 from planish.backends.tvm.windows import is_window, lower_window, window_reason
 from planish.conv_ops import POOLS
@@ -34,6 +35,7 @@ from planish.ops import (
     GROUPED,
     INLINE,
     LINEAR,
+    LOG_SOFTMAX,
     MATMUL,
     RECURRENCES,
     REDUCTIONS,
@@ -41,7 +43,9 @@ from planish.ops import (
     RUNNING,
     SCANS,
     SCATTERS,
+    SOFTMAX,
     SORTS,
+    STATISTICS,
     argument,
     aten,
 )
@@ -105,7 +109,7 @@ def _op_reason(node: fx.Node) -> str | None:
         return elementwise_reason(node)
     if target in INLINE:
         return None
-    if target in ROWS:
+    if target in ROWS | {STATISTICS}:
         return row_reason(node)
     if is_window(node):
         return window_reason(node)
@@ -371,6 +375,8 @@ class Lowering:
         if anchor := next(filter(is_window, region.nodes), None):
             constant = anchor.target in POOLS | REDUCTIONS or self._has_constant_weight(anchor)
             return lower_window(module, program, region, anchor, lanes, constant=constant)
+        if anchor := region.find(SOFTMAX | LOG_SOFTMAX | {STATISTICS}):
+            return lower_softmax(module, program, region, anchor, lanes)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
