@@ -19,15 +19,18 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import sweep
 from planish.backends.tvm.arithmetic import libm
-from planish.backends.tvm.builder import TASKS, Expr, as_int, f32, for_vectors, i32, keep, lanes_at, splat
+from planish.backends.tvm.builder import Expr, as_int, f32, for_vectors, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.rowwise import row_count, row_kernel, store
 from planish.backends.tvm.sweep import Stretch
 from planish.backends.tvm.vmath import exp_nonpositive
-from planish.ops import LOG_SOFTMAX, STATISTICS
+from planish.ops import LOG_SOFTMAX, SOFTMAX, SPLIT_ROWS, STATISTICS
 from planish.program import Program
 from planish.targets import Target
+
+_SHARES = 64
+"""Most tasks that short rows are shared out in."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Schedule:
         if str(node.target).partition(".")[0] != "planish":
             return Schedule()
         name, limit = node.args[1:3]
-        return Schedule(str(name).startswith("two-pass"), str(name).endswith("-stream"), int(limit))  # pyright: ignore
+        return Schedule(name != "three-pass", name == "two-pass-stream", int(limit))  # pyright: ignore
 
 
 def chunk_size(target: Target) -> int:
@@ -131,15 +134,29 @@ class _Rows:
     schedule: Schedule = field(default_factory=Schedule)
 
     def short(self) -> None:
-        """Rows of one chunk each, in parallel."""
+        """Rows of one chunk each, in parallel, in three passes.
+
+        The next row's maximum is looked for between the exponentials and the scaling: it does not wait for the sum,
+        and the scaling does not wait for it.
+        """
         self.schedule = Schedule()
-        with rows_in_parallel(row_count(self.lead)) as row:
-            stretch = self._stretch(row, i32(0), self.size)
-            top, total = self._statistics(stretch)
-            if self.anchor.target is STATISTICS:
-                self._store_statistics(row, top, total)
-            else:
-                self._finish(row, stretch, top, total, keep(f32(1.0) / total))
+        rows = row_count(self.lead)
+        share = T.bind(T.max(T.floordiv(rows + (_SHARES - 1), _SHARES), 1))
+        with T.parallel(0, T.floordiv(rows + share - 1, share)) as task:
+            first = T.bind(task * share)
+            count = T.bind(T.min(share, rows - first))
+            found = T.alloc_buffer((1,), "float32")
+            T.buffer_store(found, self._top(first, self._row(first)), [0])
+            with T.serial(0, count) as r:
+                row = T.bind(first + r)
+                stretch, top = self._row(row), keep(found[0])
+                total = sweep.exponentials(stretch, top, self._kept)
+                with T.If(r + 1 < count), T.Then():
+                    T.buffer_store(found, self._top(row + 1, self._row(T.bind(row + 1))), [0])
+                if self.anchor.target is STATISTICS:
+                    self._store_statistics(row, top, total)
+                else:
+                    self._finish(row, stretch, top, total, keep(f32(1.0) / total))
 
     def by_length(self, schedule: Schedule) -> None:
         """Rows of several chunks, by the schedule; those up to its limit in three passes."""
@@ -148,7 +165,7 @@ class _Rows:
             return lambda: self._long(chosen)
 
         plain = Schedule()
-        if schedule == plain:
+        if not schedule.two_pass:
             self._long(plain)
         else:
             _branch(self.size <= schedule.limit, run(plain), run(schedule))
@@ -177,11 +194,11 @@ class _Rows:
                     with T.parallel(0, chunks) as c:
                         self._last(row, c, chunks)
 
-        _branch(rows >= TASKS, together, in_turn)
+        _branch(rows >= SPLIT_ROWS, together, in_turn)
 
     def _first(self, row: Expr, c: Expr, chunks: Expr) -> None:
         """Maximum and sum of a chunk."""
-        top, total = self._statistics(self._chunk(row, c))
+        top, total = self._statistics(row, self._chunk(row, c))
         self._put(row, c, chunks, top, total)
 
     def _combine(self, row: Expr, chunks: Expr) -> None:
@@ -232,20 +249,36 @@ class _Rows:
     def _index(self, row: Expr) -> tuple[Expr, ...]:
         return tuple(T.bind(i + i32(0)) for i in unflatten_index(self.lead, row)) if self.lead else ()
 
-    def _statistics(self, stretch: Stretch) -> tuple[Expr, Expr]:
+    def _row(self, row: Expr) -> Stretch:
+        return self._stretch(row, i32(0), self.size)
+
+    def _top(self, row: Expr, stretch: Stretch) -> Expr:
+        """The maximum of a stretch of a row, whose x is computed first if it is not in memory."""
+        self._compute(row, stretch)
+        return sweep.largest(stretch)
+
+    def _compute(self, row: Expr, stretch: Stretch) -> None:
+        """Put x where it is read from."""
+        if not self.stored:
+            return
+        index = self._index(row)
+        for start, count in for_vectors(stretch.size, self.lanes):
+            value = self.k.ev.at(self.anchor.args[0], (*index, lanes_at(stretch.start + start, count)))
+            value = splat(cast(value, torch.float32), count)
+            T.buffer_store(self.values, value, [lanes_at(stretch.base + start, count)])
+
+    @property
+    def _kept(self) -> Any:
+        """Where exponentials are kept: only a softmax needs them again."""
+        return self.values if self.anchor.target in SOFTMAX else None
+
+    def _statistics(self, row: Expr, stretch: Stretch) -> tuple[Expr, Expr]:
         """Maximum and sum of exp(x - maximum) of a stretch; a softmax in three passes keeps the exponentials."""
-        if self.stored:
-            row = T.bind(T.floordiv(stretch.base, self.size))
-            index = self._index(row)
-            for start, count in for_vectors(stretch.size, self.lanes):
-                value = self.k.ev.at(self.anchor.args[0], (*index, lanes_at(stretch.start + start, count)))
-                value = splat(cast(value, torch.float32), count)
-                T.buffer_store(self.values, value, [lanes_at(stretch.base + start, count)])
         if self.schedule.two_pass:
+            self._compute(row, stretch)
             return sweep.extended(stretch)
-        top = sweep.largest(stretch)
-        keeps = self.anchor.target not in LOG_SOFTMAX | {STATISTICS}
-        return top, sweep.exponentials(stretch, top, self.values if keeps else None)
+        top = self._top(row, stretch)
+        return top, sweep.exponentials(stretch, top, self._kept)
 
     def _store_statistics(self, row: Expr, top: Expr, total: Expr) -> None:
         T.buffer_store(self.out, top, [row * 2])

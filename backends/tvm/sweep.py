@@ -32,6 +32,7 @@ class Stretch:
         base: place of the first in the buffer.
         start: place of the first in its row.
         size: how many there are.
+        ways: vectors side by side.
     """
 
     lanes: int
@@ -39,6 +40,7 @@ class Stretch:
     base: Expr
     start: Expr
     size: Expr
+    ways: int = WAYS
 
     def over(self, source: Any) -> Stretch:
         """The same stretch of another buffer."""
@@ -62,17 +64,17 @@ class Stretch:
 
     def each(self, first: Expr, size: Expr, body: Callable[[int, Expr, Expr | None], None]) -> None:
         """Emit ``body(way, at, mask)`` for the vectors of ``size`` elements from ``first`` on."""
-        lanes, step = self.lanes, self.lanes * WAYS
+        lanes, step = self.lanes, self.lanes * self.ways
         known = as_int(size)
         size = size if known is None else known
         blocks = size // step if isinstance(size, int) else T.bind(T.floordiv(size, step))
         if known is None or known >= step:
             with T.serial(0, blocks) as block:
-                for way in range(WAYS):
+                for way in range(self.ways):
                     body(way, T.bind(first + block * step + way * lanes), None)
         whole = size // lanes if isinstance(size, int) else T.bind(T.floordiv(size, lanes))
         if known is None or known % step >= lanes:
-            with T.serial(blocks * WAYS, whole) as vector:
+            with T.serial(blocks * self.ways, whole) as vector:
                 body(0, T.bind(first + vector * lanes), None)
         if known is None:
             with T.If(size > whole * lanes), T.Then():
@@ -86,7 +88,7 @@ class Stretch:
 
     def registers(self, start: float) -> list[Any]:
         """One accumulator for each way."""
-        found = [T.alloc_buffer((self.lanes,), "float32") for _ in range(WAYS)]
+        found = [T.alloc_buffer((self.lanes,), "float32") for _ in range(self.ways)]
         for register in found:
             T.buffer_store(register, splat(start, self.lanes), [self.whole])
         return found
@@ -110,9 +112,11 @@ class Stretch:
 def _fold(stretch: Stretch, registers: list[Any], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All lanes of all registers combined, in a fixed order."""
     whole = stretch.whole
-    for distance in (2, 1):
-        for into, other in zip(registers[:distance], registers[distance : 2 * distance], strict=True):
+    while len(registers) > 1:
+        half = len(registers) // 2
+        for into, other in zip(registers[:half], registers[half:], strict=True):
             T.buffer_store(into, combine(into[whole], other[whole]), [whole])
+        registers = registers[:half]
     return keep(horizontal(T.bind(registers[0][whole]), stretch.lanes, combine))
 
 
@@ -165,6 +169,8 @@ def extended(stretch: Stretch) -> tuple[Expr, Expr]:
     m 2^n + m' 2^n' is taken at the larger exponent; what is scaled is scaled by a power of two, which is exact. Where
     the maximum is outside the range of ``vmath.extended_exp`` the sum is computed again, by a second pass.
     """
+    # three accumulators for each way: four ways would not fit 16 registers
+    stretch = replace(stretch, ways=WAYS if stretch.lanes == vmath.SCALEF_LANES else WAYS // 2)
     whole = stretch.whole
     high, total = stretch.registers(float("-inf")), _Sums(stretch)
 
@@ -177,7 +183,7 @@ def extended(stretch: Stretch) -> tuple[Expr, Expr]:
             part.add(way, *vmath.extended_exp(value))
 
         stretch.each(first, size, body)
-        for way in range(WAYS):
+        for way in range(stretch.ways):
             total.add(way, part.m[way][whole], part.n[way][whole])
 
     stretch.blocks(block)

@@ -99,10 +99,10 @@ def exp_difference(x: Expr) -> Expr:
     """
     lanes = lanes_of(x)
     x = keep(x)
-    wide = lanes == _SCALEF_LANES
-    clamped = keep(T.max(splat(-120.0 if wide else _EXP_LOWEST, lanes), x))
-    n = keep(T.nearbyint(clamped * splat(_LOG2E, lanes)))
-    f = fused_multiply_add(clamped, splat(_LOG2E, lanes), -n)
+    wide = lanes == SCALEF_LANES
+    inside = keep(T.max(splat(-120.0, lanes), x)) if wide else x
+    n = keep(T.nearbyint(inside * splat(_LOG2E, lanes)))
+    f = fused_multiply_add(inside, splat(_LOG2E, lanes), -n)
     p = _horner(f, [*_EXP2, 1.0])
     if wide:
         return times_power(p, n)
@@ -126,14 +126,14 @@ EXTENDED = 4e6
 """Where ``extended_exp`` ends: beyond, the whole number n no longer leaves a remainder that fp32 can hold."""
 
 
-_SCALEF_LANES = 16
+SCALEF_LANES = 16
 """Vectors of AVX-512, which multiplies by powers of two in one instruction."""
 
 
 def times_power(x: Expr, n: Expr) -> Expr:
     """x 2^n for whole n <= 0, -inf included: exact, but 0 below 2^-126 without AVX-512."""
     lanes = lanes_of(x)
-    if lanes == _SCALEF_LANES:
+    if lanes == SCALEF_LANES:
         every, rounding = tirx.const(0xFFFF, "uint16"), tirx.const(4, "int32")
         return keep(
             T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", x, n, x, every, rounding)
