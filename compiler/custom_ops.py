@@ -73,12 +73,12 @@ def _(x: Tensor, schedule: str, limit: int) -> Tensor:
 
 @torch.library.custom_op("planish::softmax_statistics", mutates_args=())
 def softmax_statistics(x: Tensor, schedule: str, limit: int) -> Tensor:
-    """Of each row the maximum, and the sum of exp(x - maximum): [..., 2].
+    """Of each row the largest number, and the sum of exp(x - maximum): [..., 2].
 
-    With them ``exp(x - maximum) / sum`` is the softmax at any place, also of a row that holds NaN or +inf, or nothing
-    but -inf: NaN. The other arguments are those of ``planish::softmax``.
+    With them ``exp(x - maximum) / sum`` is the softmax at any place. A row that holds NaN or +inf, or nothing but -inf,
+    has a NaN as sum, and so as softmax. The other arguments are those of ``planish::softmax``.
     """
-    top = x.amax(-1, keepdim=True)
+    top = x.masked_fill(x.isnan(), -torch.inf).amax(-1, keepdim=True)
     return torch.cat([top, (x - top).exp().sum(-1, keepdim=True)], -1)
 
 

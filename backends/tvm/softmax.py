@@ -154,7 +154,8 @@ class _Rows:
                 with T.If(r + 1 < count), T.Then():
                     T.buffer_store(found, self._top(row + 1, self._row(T.bind(row + 1))), [0])
                 if self.anchor.target is STATISTICS:
-                    self._store_statistics(row, top, total)
+                    nothing = tirx.EQ(top, f32(float("-inf")))
+                    self._store_statistics(row, top, tirx.Select(nothing, f32(float("nan")), total))
                 else:
                     self._finish(row, stretch, top, total, keep(f32(1.0) / total))
 

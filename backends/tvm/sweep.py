@@ -198,12 +198,16 @@ def extended(stretch: Stretch) -> tuple[Expr, Expr]:
     return top, keep(result[0])
 
 
+_NOTHING = -1e9
+"""Exponent of a sum of nothing: below that of any number, but not -inf, with which vscalefps makes a 0 of a NaN."""
+
+
 class _Sums:
     """Sums m 2^n in registers, one for each way."""
 
     def __init__(self, stretch: Stretch) -> None:
         self.stretch = stretch
-        self.m, self.n = stretch.registers(0.0), stretch.registers(float("-inf"))
+        self.m, self.n = stretch.registers(0.0), stretch.registers(_NOTHING)
 
     def add(self, way: int, m: Expr, n: Expr) -> None:
         """Add m 2^n to a way's sum."""
