@@ -77,6 +77,17 @@ def families_real(
     _measure("planish.bench.suite", json, threads, rounds, suite="families-real", only=_names(only))
 
 
+@app.command()
+def softmax(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds")] = 11,
+    only: Annotated[str | None, typer.Option("--only", metavar="KINDS", help="softmax, log_softmax or both")] = None,
+) -> None:
+    """Softmax and its logarithm over rows of 1K to 16M elements, with each of our schedules."""
+    _measure("planish.bench.softmax", json, threads, rounds, only=_names(only))
+
+
 def _names(only: str | None) -> tuple[str, ...]:
     """The names of an ``--only`` option; none without one."""
     return tuple(name.strip() for name in only.split(",")) if only is not None else ()

@@ -23,9 +23,15 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{limits['read_gbs']:.1f} GB/s read",
         highlight=False,
     )
-    console.print(_rows(result["rows"]))
+    if result["bench"] == "softmax":
+        console.print(_softmax(result["rows"]))
+    else:
+        console.print(_rows(result["rows"]))
     for absent in result["absent"]:
         console.print(Text(f"no {absent['name']} row: {absent['reason']}"))
+    if result["bench"] == "softmax":
+        console.print(Text(result["memory"]))
+        return
     console.print(_kernels(result["kernels"]))
     if result["bench"] == "padding":
         console.print(_sets(result["sets"]))
@@ -106,6 +112,33 @@ def _rows(rows: list[dict[str, Any]]) -> Table:
             )
         )
     return _table(columns, cells)
+
+
+def _softmax(rows: list[dict[str, Any]]) -> Table:
+    columns = ("contender", "schedule", "ns/element", "of read", "x eager", "95 % interval", "max rel. Δ", "also")
+    cells: list[tuple[str, ...]] = []
+    for row in rows:
+        low, high = row["ratio_ci95"]
+        others = [key.removeprefix("ratio_to_") for key in row if key.startswith("ratio_to_") and key[-4:] != "ci95"]
+        also = [f"{row[f'claim_{other}']} ({_interval(row, other)})" for other in others if other != "eager"]
+        cells.append(
+            (
+                row["name"],
+                row.get("schedule", ""),
+                f"{row['ns_per_element']:.3f}",
+                f"{row['share_of_read']:.0%}",
+                f"{row['ratio_to_eager']:.2f}",
+                f"{low:.2f} to {high:.2f}",
+                _figure(row["quality"].get("max_rel"), ".1e"),
+                "; ".join(also),
+            )
+        )
+    return _table(columns, cells)
+
+
+def _interval(row: dict[str, Any], other: str) -> str:
+    low, high = row[f"ratio_to_{other}_ci95"]
+    return f"{low:.2f} to {high:.2f}"
 
 
 def _kernels(kernels: list[dict[str, Any]]) -> Table:

@@ -189,6 +189,7 @@ class CompiledModel:
             error = "" if step.max_error is None else f", max error {step.max_error:.1e}"
             rewrites = ", ".join(f"{n} {name}" for name, n in step.rewrites.items())
             lines.append(f"{step.name}: {step.ops_before} -> {step.ops_after} ops, {step.ms:.0f} ms{error}; {rewrites}")
+        lines += [f"  {n.rule} at {n.node}: {n.text}" for step in compiled.steps for n in step.notes]
         lines += [f"  refused {r.rule} at {r.node}: {r.reason}" for step in compiled.steps for r in step.refusals]
         lines += [f"kernel {call.kernel}: {call.node} {list(map(str, call.shape))}" for call in compiled.calls]
         return "\n".join(lines)

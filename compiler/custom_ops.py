@@ -42,6 +42,51 @@ def _(x: Tensor, largest: bool) -> Tensor:
     return torch.empty(x.shape, dtype=torch.int64, device=x.device)
 
 
+@torch.library.custom_op("planish::softmax", mutates_args=())
+def softmax(x: Tensor, schedule: str, limit: int) -> Tensor:
+    """Softmax of each row, by the schedule that ``rewrite-softmax`` chose.
+
+    Args:
+        x: [..., N].
+        schedule: ``three-pass``, ``two-pass``, or ``two-pass-stream``, whose stores go past the caches.
+        limit: rows of up to so many elements take the three passes whatever the schedule says; for rows whose length
+            is known only at run time.
+    """
+    return torch.softmax(x, -1)
+
+
+@softmax.register_fake
+def _(x: Tensor, schedule: str, limit: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("planish::log_softmax", mutates_args=())
+def log_softmax(x: Tensor, schedule: str, limit: int) -> Tensor:
+    """Logarithm of the softmax of each row; the arguments are those of ``planish::softmax``."""
+    return torch.log_softmax(x, -1)
+
+
+@log_softmax.register_fake
+def _(x: Tensor, schedule: str, limit: int) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("planish::softmax_statistics", mutates_args=())
+def softmax_statistics(x: Tensor, schedule: str, limit: int) -> Tensor:
+    """Of each row the largest number, and the sum of exp(x - maximum): [..., 2].
+
+    With them ``exp(x - maximum) / sum`` is the softmax at any place. A row that holds NaN or +inf, or nothing but -inf,
+    has a NaN as sum, and so as softmax. The other arguments are those of ``planish::softmax``.
+    """
+    top = x.masked_fill(x.isnan(), -torch.inf).amax(-1, keepdim=True)
+    return torch.cat([top, (x - top).exp().sum(-1, keepdim=True)], -1)
+
+
+@softmax_statistics.register_fake
+def _(x: Tensor, schedule: str, limit: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], 2))
+
+
 @torch.library.custom_op("planish::grouped_mm", mutates_args=())
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Rows that are sorted by group, each times its group's matrix: the experts of a mixture.

@@ -37,6 +37,7 @@ class StepRecord(msgspec.Struct, frozen=True):
     refusals: list[dict[str, str]]
     max_error: float | None
     changed: bool
+    notes: list[dict[str, str]]
 
 
 class Manifest(msgspec.Struct):
@@ -101,8 +102,9 @@ class Dump:
         refusals = [
             {"rule": r.rule, "node": r.node, "reason": r.reason, "where": short_source(r.where)} for r in step.refusals
         ]
-        if refusals:
-            files[f"{stem}.why.txt"] = "\n".join(map(_why, refusals))
+        notes = [{"rule": n.rule, "node": n.node, "text": n.text, "where": short_source(n.where)} for n in step.notes]
+        if refusals or notes:
+            files[f"{stem}.why.txt"] = "\n".join([*map(_note, notes), *map(_why, refusals)])
         self._stem = stem
         self._diffs.append(diff)
         record = StepRecord(
@@ -114,6 +116,7 @@ class Dump:
             refusals,
             step.max_error,
             bool(diff),
+            notes,
         )
         self._manifest.steps.append(record)
         self._write_tensors()
@@ -253,7 +256,7 @@ class _Store:
 
 
 _RESERVED = frozenset(
-    {"argparse", "ctypes", "hashlib", "Path", "load_file", "save_file", "FOLDER", "STORED", "OUTPUTS"}
+    {"argparse", "ctypes", "hashlib", "Path", "planish", "load_file", "save_file", "FOLDER", "STORED", "OUTPUTS"}
 ) | {"constant", "random_constant", "strided", "inputs", "main", "forward"}
 """Global names of a stage's file; a constant of the program that has one of them is renamed."""
 
@@ -276,6 +279,8 @@ def constant(key):
     \"\"\"The tensor stored under its content hash.\"\"\"
     return STORED[key]
 """
+
+_OURS = "import planish.ops  # registers torch.ops.planish\n"
 
 _STRIDED = """
 
@@ -317,23 +322,22 @@ if __name__ == "__main__":
 
 def _runnable(stem: str, body: str, inputs: dict[str, str], outputs: Sequence[str]) -> str:
     """A stage's file: the program between the code that loads its tensors and the code that runs it."""
-    random = "random_constant(" in body
-    own = "torch.ops.planish." in body
-    needed = "torch, safetensors and planish, which has some of its operators" if own else "only torch and safetensors"
+    random, ours = "random_constant(" in body, "torch.ops.planish." in body
     lines = [
         f'"""The program at step {stem}, written by planish.',
         "",
         f"Run: python {stem}.py [--save outputs.safetensors]",
-        f"It reads constants.safetensors and inputs.safetensors beside it, and needs {needed}.",
+        "It reads constants.safetensors and inputs.safetensors beside it, and needs only torch and safetensors"
+        + (", and planish for its operators." if ours else "."),
     ]
     if random:
         lines.append("The weights were not dumped: every floating-point constant is seeded random numbers.")
     imports = _IMPORTS
+    if ours:
+        imports = imports.replace("import torch\n", _OURS + "import torch\n")
     for module in ("math", "operator"):
         if f"{module}." not in body:
             imports = imports.replace(f"import {module}\n", "")
-    if own:
-        imports = imports.replace("import torch\n", "import planish.ops  # registers torch.ops.planish\nimport torch\n")
     loads = [f"        {layout.format(f'stored[{name!r}]')}," for name, layout in inputs.items()]
     lines += [
         '"""',
@@ -369,8 +373,15 @@ def _diff(before: str, after: str, old: str, new: str) -> list[str]:
 
 
 def _why(refusal: dict[str, str]) -> str:
-    where = f"\n  at: {refusal['where']}" if refusal["where"] else ""
-    return f"{refusal['rule']} not done at {refusal['node']}: {refusal['reason']}{where}\n"
+    return f"{refusal['rule']} not done at {refusal['node']}: {refusal['reason']}{_at(refusal)}\n"
+
+
+def _note(note: dict[str, str]) -> str:
+    return f"{note['rule']} at {note['node']}: {note['text']}{_at(note)}\n"
+
+
+def _at(entry: dict[str, str]) -> str:
+    return f"\n  at: {entry['where']}" if entry["where"] else ""
 
 
 class _Head(msgspec.Struct):

@@ -18,7 +18,15 @@ ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default
 
-ROWS = frozenset({LAYER_NORM, aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten._log_softmax.default})
+SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, planish_ops.softmax.default})
+LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default, planish_ops.log_softmax.default})
+STATISTICS = planish_ops.softmax_statistics.default
+"""What a softmax needs to know of a row; its values at single places follow from that."""
+
+SPLIT_ROWS = 16
+"""Fewer rows than this, if they are long, go through a softmax one after the other, each shared by all threads."""
+
+ROWS = SOFTMAX | LOG_SOFTMAX | {LAYER_NORM}
 """Map each row (last axis) to a row of the same length."""
 
 REDUCTIONS = frozenset(

@@ -33,12 +33,28 @@ class Refusal:
         return Refusal(rule, node.name, reason, source_line(node))
 
 
+@dataclass(frozen=True)
+class Note:
+    """A decision that was made: by which rule, at which node and model line, what and on which figures."""
+
+    rule: str
+    node: str
+    text: str
+    where: str = ""
+
+    @staticmethod
+    def at(rule: str, node: fx.Node, text: str) -> Note:
+        """A decision at ``node``, with the line of the user's model."""
+        return Note(rule, node.name, text, source_line(node))
+
+
 @dataclass
 class Result:
-    """What a pass did: how often each rewrite fired, and the refusals."""
+    """What a pass did: how often each rewrite fired, the refusals, and the decisions that are worth a reason."""
 
     rewrites: Counter[str] = field(default_factory=Counter[str])
     refusals: list[Refusal] = field(default_factory=list[Refusal])
+    notes: list[Note] = field(default_factory=list[Note])
 
 
 @dataclass(frozen=True)
@@ -84,6 +100,7 @@ class Step:
     rewrites: dict[str, int] = field(default_factory=dict[str, int])
     refusals: tuple[Refusal, ...] = ()
     max_error: float | None = None
+    notes: tuple[Note, ...] = ()
 
 
 Observer = Callable[[Step, Program], None]
@@ -172,6 +189,7 @@ def run_pass(
         dict(sorted(result.rewrites.items())),
         tuple(result.refusals),
         error,
+        tuple(result.notes),
     )
     if observe:
         observe(step, program)

@@ -24,6 +24,8 @@ class Target:
         vector_bytes: width of a vector register in bytes.
         vector_registers: number of architectural vector registers.
         l2_bytes: private second-level cache of a core in bytes.
+        llc_bytes: last-level cache in bytes.
+        cores: cores that share the last-level cache; code is chosen for as many threads, and runs on any number.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Target:
     vector_bytes: int = 0
     vector_registers: int = 0
     l2_bytes: int = 0
+    llc_bytes: int = 0
+    cores: int = 0
 
     @property
     def lanes(self) -> int:
@@ -73,7 +77,9 @@ class Target:
         """
         for name in ("cpu-avx512", "cpu-avx2"):
             if TARGETS[name].isa in host_isa_levels():
-                return replace(TARGETS[name], l2_bytes=_host_l2_bytes(TARGETS[name].l2_bytes))
+                table = TARGETS[name]
+                llc_bytes, cores = _host_last_level(table.llc_bytes, table.cores)
+                return replace(table, l2_bytes=_host_l2_bytes(table.l2_bytes), llc_bytes=llc_bytes, cores=cores)
         raise TargetError(
             f"this processor ({platform.machine()}) has neither AVX2 with FMA nor AVX-512",
             why="planish's CPU kernels are written for those levels",
@@ -95,6 +101,8 @@ TARGETS: dict[str, Target] = {
             vector_bytes=64,
             vector_registers=32,
             l2_bytes=1 << 20,
+            llc_bytes=32 << 20,
+            cores=8,
         ),
         Target(
             "cpu-avx2",
@@ -106,6 +114,8 @@ TARGETS: dict[str, Target] = {
             vector_bytes=32,
             vector_registers=16,
             l2_bytes=512 << 10,
+            llc_bytes=16 << 20,
+            cores=4,
         ),
         Target("reference", "reference", "runs the rewritten graph in eager PyTorch: the oracle of the tests"),
     )
@@ -127,3 +137,34 @@ def host_isa_levels() -> tuple[str, ...]:
 def _host_l2_bytes(default: int) -> int:
     size = os.sysconf("SC_LEVEL2_CACHE_SIZE") if "SC_LEVEL2_CACHE_SIZE" in os.sysconf_names else 0
     return size if size > 0 else default
+
+
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def _host_last_level(llc_bytes: int, cores: int) -> tuple[int, int]:
+    """Size of the last-level cache that core 0 uses, and how many of this process's cores share it.
+
+    From the kernel's description of the caches: ``sysconf`` may give all caches of a socket together. The arguments
+    are what to take where there is none.
+    """
+    sizes = {_read(c / "level"): c for c in CACHES.glob("index*") if _read(c / "size").endswith("K")}
+    if not sizes:
+        return llc_bytes, cores
+    last = sizes[max(sizes)]
+    shared = {n for part in _read(last / "shared_cpu_list").split(",") for n in _span(part)}
+    usable = len(shared & os.sched_getaffinity(0))
+    return int(_read(last / "size").removesuffix("K")) << 10, usable or cores
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _span(part: str) -> range:
+    """``2-5`` as 2, 3, 4, 5."""
+    first, _, last = part.partition("-")
+    return range(int(first), int(last or first) + 1) if first.isdigit() else range(0)

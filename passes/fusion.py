@@ -19,6 +19,7 @@ from planish.ops import (
     MATMUL,
     REDUCTIONS,
     ROWS,
+    STATISTICS,
     VARLEN,
     VIEWS,
     argument,
@@ -84,7 +85,7 @@ def _is_anchor(node: fx.Node) -> bool:
     if node.target in CONVOLUTIONS | {LINEAR}:
         weight = node.args[1]
         return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_float(node)
-    return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, VARLEN, MATMUL} and _is_float(node)
+    return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, VARLEN, MATMUL, STATISTICS} and _is_float(node)
 
 
 def _is_float(node: fx.Node) -> bool:
@@ -120,6 +121,8 @@ class _Fusion:
         elif anchor.target is MATMUL:
             self._read_through(group, anchor.args[:2])
             self._follow(group)
+        elif anchor.target is STATISTICS:
+            self._absorb(group, anchor.args[0])
         else:
             self._absorb(group, anchor.args[0])
             self._follow(group)

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from planish.bench import encoder, inductor, latency, limits, memory, overhead, report, result
+import planish
+from planish.bench import encoder, inductor, latency, limits, memory, overhead, report, result, softmax
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
-from planish.errors import TargetError, ToolchainError
+from planish.errors import TargetError, ToolchainError, UnknownNameError
 
 _MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
 
@@ -155,6 +156,36 @@ def test_kernel_rows_give_the_share_of_the_peak() -> None:
     assert gemm.gflops == pytest.approx(2 * 1000 * 1536 * 384 / 1e6)
     assert gemm.share_of_limit == pytest.approx(gemm.gflops / 2000.0)
     assert (norm.gflops, norm.share_of_limit) == (0.0, None)
+
+
+def test_softmax_rows_show_every_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softmax, "ELEMENTS", 4096)
+    monkeypatch.setattr(softmax, "ROUND", 8192)
+    monkeypatch.setattr(softmax, "LENGTHS", (2048,))
+    monkeypatch.setattr(softmax, "_keep_freed_memory", lambda: None)
+    monkeypatch.setattr(softmax.inductor, "build", lambda model, batches: "no compiler")
+    monkeypatch.setattr(limits, "measure", lambda tool: {"avx2": 100.0, "read": 20.0})
+    before = torch.get_num_threads()
+    try:
+        found = softmax.run(softmax.Options(threads=before, rounds=7), planish.compile, lambda phase: None)
+    finally:
+        torch.set_num_threads(before)
+    rows = {row.name: row for row in found.rows}
+    assert len(rows) == 2 * (3 + len(softmax.FORCED))
+    for kind in softmax.KINDS:
+        own = rows[f"planish-fp32 {kind} 2x2048"]
+        assert own.extra["schedule"] == "three-pass"
+        assert own.quality["max_rel"] <= 2e-6
+        assert own.extra["shape"] == [2, 2048]
+        assert own.extra["ns_per_element"] == pytest.approx(own.ms_median * 1e6 / 8192)
+        assert own.extra["share_of_read"] == pytest.approx(8 / own.extra["ns_per_element"] / 20.0)
+        assert "ratio_to_planish three-pass_ci95" in rows[f"planish two-pass-stream {kind} 2x2048"].extra
+    assert found.absent[0] == {"name": "inductor softmax 2x2048", "reason": "no compiler"}
+    text = io.StringIO()
+    report.show(json.loads(json.dumps(found.to_dict())), Console(file=text, width=200))
+    assert "planish two-pass-stream log_softmax 2x2048" in text.getvalue()
+    with pytest.raises(UnknownNameError, match="no kind 'soft'"):
+        softmax.Options(1, 7, ("soft",))
 
 
 def test_no_cxx_means_no_inductor_row(monkeypatch: pytest.MonkeyPatch) -> None:

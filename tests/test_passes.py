@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from planish import ops, passes, verify
-from planish.backends.tvm import lower, maps, reduction, rowwise, scalars
+from planish.backends.tvm import lower, maps, reduction, scalars
 from planish.capture import capture
 from planish.pipeline import Step, run_pipeline
 from planish.printer import program_text
@@ -213,7 +213,6 @@ def test_every_op_class_has_an_implementation() -> None:
     assert set(maps.VIEWS) == ops.VIEWS
     assert set(maps.GENERATORS) == ops.GENERATORS
     assert set(maps.GATHERS) == ops.GATHERS
-    assert set(rowwise.ROWS) == ops.ROWS
     assert set(reduction.FOLDS) | set(reduction.POSITIONS) == ops.REDUCTIONS
     assert set(reduction.SCANS) == ops.SCANS
     assert set(maps.JOINS) == ops.JOINS

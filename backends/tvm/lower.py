@@ -25,6 +25,7 @@ from planish.backends.tvm.reduction import lower_reduction, lower_running, lower
 from planish.backends.tvm.rowwise import lower_rows, row_reason
 from planish.backends.tvm.scalars import elementwise_reason
 from planish.backends.tvm.scatter import lower_scatter, scatter_reason
+from planish.backends.tvm.softmax import lower_softmax
 from planish.backends.tvm.sort import lower_sort, sort_reason
 from planish.backends.tvm.tokens import lower_packing, packing_reason
 from planish.backends.tvm.varlen import lower_segment_sum, lower_varlen
@@ -36,6 +37,7 @@ from planish.ops import (
     GROUPED,
     INLINE,
     LINEAR,
+    LOG_SOFTMAX,
     MATMUL,
     PACKING,
     RECURRENCES,
@@ -45,7 +47,9 @@ from planish.ops import (
     SCANS,
     SCATTERS,
     SEGMENT_SUM,
+    SOFTMAX,
     SORTS,
+    STATISTICS,
     VARLEN,
     argument,
     aten,
@@ -110,7 +114,7 @@ def _op_reason(node: fx.Node) -> str | None:
         return elementwise_reason(node)
     if target in INLINE:
         return None
-    if target in ROWS:
+    if target in ROWS | {STATISTICS}:
         return row_reason(node)
     if is_window(node):
         return window_reason(node)
@@ -375,11 +379,11 @@ class Lowering:
             return lower_grouped(module, program, region, anchor, lanes)
         if anchor := region.find({ATTENTION}):
             return lower_attention(module, program, region, anchor)
-        if anchor := region.find({VARLEN}):
-            return lower_varlen(module, program, region, anchor)
         if anchor := next(filter(is_window, region.nodes), None):
             constant = anchor.target in POOLS | REDUCTIONS or self._has_constant_weight(anchor)
             return lower_window(module, program, region, anchor, lanes, constant=constant)
+        if anchor := region.find(SOFTMAX | LOG_SOFTMAX | {STATISTICS}):
+            return lower_softmax(module, program, region, anchor, lanes)
         if anchor := region.find(ROWS):
             return lower_rows(module, program, region, anchor, lanes)
         if anchor := region.find(REDUCTIONS):
@@ -436,8 +440,9 @@ _WHOLE = (
     (RECURRENCES, lower_recurrent),
     (PACKING, lower_packing),
     ({SEGMENT_SUM}, lower_segment_sum),
+    ({VARLEN}, lower_varlen),
 )
-"""Ops with kernels that work element by element."""
+"""Ops whose kernels compute nothing else, or (attention) only views around them."""
 
 STATUS = -1
 """Operand index of the status word."""

@@ -1,4 +1,4 @@
-"""Norms and softmax over the last axis: one row at a time, with the ops before and after them."""
+"""Norms over the last axis: one row at a time, with the ops before and after them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm import vmath
-from planish.backends.tvm.arithmetic import libm
 from planish.backends.tvm.builder import Expr, dtype_of, f32, for_vectors, horizontal, i32, keep, lanes_at, splat
 from planish.backends.tvm.index import as_stored, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
@@ -141,57 +139,8 @@ def store(
     T.buffer_store(out, splat(as_stored(result, dtype), lanes), [lanes_at(at, lanes)])
 
 
-def softmax_row(k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int) -> None:
-    """Softmax of the row at ``out[base : base+size]`` in place: maximum, exponentials and their sum, scaling."""
-
-    def at(start: Expr, count: int) -> Expr:
-        return out[lanes_at(base + start, count)]
-
-    top = accumulate(k, size, float("-inf"), maximum, at, lanes)
-
-    def exponential(start: Expr, count: int) -> Expr:
-        value = vmath.exp_nonpositive(at(start, count) - splat(top, count))
-        T.buffer_store(out, value, [lanes_at(base + start, count)])
-        return value
-
-    total = accumulate(k, size, 0.0, add, exponential, lanes)
-    inverse = T.bind(f32(1.0) / total)
-    for start, count in for_vectors(size, lanes):
-        value = T.bind(at(start, count) * splat(inverse, count))
-        store(k, node, value, out, base + start, (*index, lanes_at(start, count)), count)
-
-
-def log_softmax_row(
-    k: Kernel, node: fx.Node, out: tirx.Buffer, base: Expr, size: Expr, index: Index, lanes: int
-) -> None:
-    """x - max - log(sum exp(x - max)) of the row at ``out[base : base+size]`` in place."""
-
-    def at(start: Expr, count: int) -> Expr:
-        return out[lanes_at(base + start, count)]
-
-    top = accumulate(k, size, float("-inf"), maximum, at, lanes)
-
-    def exponential(start: Expr, count: int) -> Expr:
-        return vmath.exp_nonpositive(at(start, count) - splat(top, count))
-
-    shift = T.bind(top + libm("log", accumulate(k, size, 0.0, add, exponential, lanes)))
-    for start, count in for_vectors(size, lanes):
-        value = T.bind(at(start, count) - splat(shift, count))
-        store(k, node, value, out, base + start, (*index, lanes_at(start, count)), count)
-
-
-ROWS: dict[Any, Callable[..., None]] = {
-    aten.layer_norm.default: normalise_row,
-    aten.softmax.int: softmax_row,
-    aten._softmax.default: softmax_row,
-    aten.log_softmax.int: log_softmax_row,
-    aten._log_softmax.default: log_softmax_row,
-}
-"""Ops that map a row to a row of the same length."""
-
-
 def lower_rows(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
-    """Kernel of a region around a norm or softmax.
+    """Kernel of a region around a norm.
 
     before: ``gelu(layer_norm(a + b))``
     after:  for each row: store a+b into the result's row while summing it, normalise it there, GELU on the way out
@@ -206,7 +155,7 @@ def lower_rows(module: Module, program: Program, region: Region, anchor: fx.Node
             for start, count in for_vectors(size, lanes):
                 value = k.ev.at(x, (*index, lanes_at(start, count)))
                 T.buffer_store(out, splat(value, count), [lanes_at(base + start, count)])
-            ROWS[anchor.target](k, anchor, out, base, size, index, lanes)
+            normalise_row(k, anchor, out, base, size, index, lanes)
     return row_kernel(k, program, anchor)
 
 
@@ -227,9 +176,11 @@ def row_kernel(k: Kernel, program: Program, anchor: fx.Node) -> Lowered:
 
 def row_reason(node: fx.Node) -> str | None:
     """Why a norm or softmax has no kernel here, or None."""
-    if node.target is aten.layer_norm.default and len(node.args[1]) != 1:  # pyright: ignore
-        return "only the last axis is normalised natively"
     x = node.args[0].meta["val"]  # pyright: ignore
-    if node.target is not aten.layer_norm.default and (not x.dim() or node.args[1] % x.dim() != x.dim() - 1):  # pyright: ignore
+    if node.target is aten.layer_norm.default:
+        last = len(node.args[1]) == 1  # pyright: ignore
+    else:  # planish's own have no other axis
+        last = x.dim() > 0 and (isinstance(node.args[1], str) or node.args[1] % x.dim() == x.dim() - 1)  # pyright: ignore
+    if not last:
         return "only the last axis is normalised natively"
     return None if node.meta["val"].dtype is torch.float32 else f"it is native for float32, not {x.dtype}"

@@ -79,7 +79,8 @@ def exp2_clamped(x: Expr) -> Expr:
     lanes = lanes_of(x)
     clamped = keep(T.max(splat(-126.0, lanes), x))
     n = keep(T.nearbyint(clamped))
-    return _scale_by_power(_horner(keep(clamped - n), [*_EXP2, 1.0]), n)
+    p = _horner(keep(clamped - n), [*_EXP2, 1.0])
+    return times_power(p, n) if lanes == SCALEF_LANES else _scale_by_power(p, n)
 
 
 def _scale_by_power(p: Expr, n: Expr) -> Expr:
@@ -88,6 +89,68 @@ def _scale_by_power(p: Expr, n: Expr) -> Expr:
     kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
     bits = T.reinterpret(ints, p) + T.shift_left(T.cast(n, ints), splat(23, lanes, "int32"))
     return keep(T.reinterpret(kind, bits))
+
+
+def exp_difference(x: Expr) -> Expr:
+    """e^x for the x <= 0 (or -inf, or NaN) that a row's largest value leaves: relative error 1.5e-6 at most.
+
+    The cheapest reduction: x log2(e) = n + f with one fused multiply-add, whose only error is that of the constant
+    (1.3e-8 |x|), and a polynomial for 2^f. With 16 lanes ``vscalefps`` multiplies by 2^n, down to denormal numbers;
+    else 0 below -87.3.
+    """
+    lanes = lanes_of(x)
+    x = keep(x)
+    wide = lanes == SCALEF_LANES
+    inside = keep(T.max(splat(-120.0, lanes), x)) if wide else x
+    n = keep(T.nearbyint(inside * splat(_LOG2E, lanes)))
+    f = fused_multiply_add(inside, splat(_LOG2E, lanes), -n)
+    p = _horner(f, [*_EXP2, 1.0])
+    if wide:
+        return times_power(p, n)
+    return keep(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), _scale_by_power(p, n)))
+
+
+def extended_exp(x: Expr) -> tuple[Expr, Expr]:
+    """(m, n) with e^x = m 2^n and m in [0.7, 1.5], for |x| <= ``EXTENDED``: no overflow, whatever x is.
+
+    The representation of Dukhan and Ablavatski (arXiv 2001.04438). Below -``EXTENDED`` it is that limit's; a NaN gives
+    a NaN in m.
+    """
+    lanes = lanes_of(x)
+    clamped = keep(T.max(splat(-EXTENDED, lanes), x))
+    n = keep(T.nearbyint(clamped * splat(_LOG2E, lanes)))
+    t = keep(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
+    return _horner(t, [*_EXP, 1.0]), n
+
+
+EXTENDED = 4e6
+"""Where ``extended_exp`` ends: beyond, the whole number n no longer leaves a remainder that fp32 can hold."""
+
+
+SCALEF_LANES = 16
+"""Vectors of AVX-512, which multiplies by powers of two in one instruction."""
+
+
+def times_power(x: Expr, n: Expr) -> Expr:
+    """x 2^n for whole n <= 0, -inf included: exact, but 0 below 2^-126 without AVX-512."""
+    lanes = lanes_of(x)
+    if lanes == SCALEF_LANES:
+        every, rounding = tirx.const(0xFFFF, "uint16"), tirx.const(4, "int32")
+        return keep(
+            T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", x, n, x, every, rounding)
+        )
+    # n + 127 in the low bits of a float whose unit is 1, moved to the exponent: 0 for n = -127
+    kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
+    biased = keep(T.max(splat(-127.0, lanes), n) + splat(float(3 << 22) + 127.0, lanes))
+    bits = T.shift_left(T.reinterpret(ints, biased), splat(23, lanes, "int32"))
+    return keep(x * T.reinterpret(kind, bits))
+
+
+def fused_multiply_add(a: Expr, b: Expr, c: Expr) -> Expr:
+    """a b + c, rounded once."""
+    lanes = lanes_of(a)
+    kind, suffix = ("float32", "f32") if lanes == 1 else (f"float32x{lanes}", f"v{lanes}f32")
+    return keep(T.call_llvm_pure_intrin(kind, f"llvm.fma.{suffix}", a, b, c))
 
 
 LOG2E = _LOG2E

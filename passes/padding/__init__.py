@@ -17,7 +17,7 @@ from planish.passes.padding.liveness import Liveness
 from planish.passes.padding.pack import Packer
 from planish.passes.padding.placement import place
 from planish.passes.padding.values import MaskValues
-from planish.pipeline import Pass, Refusal, Result
+from planish.pipeline import Note, Pass, Refusal, Result
 from planish.program import Program
 from planish.rules import remove_dead
 from planish.targets import Target
@@ -95,6 +95,7 @@ class RemovePadding(Pass):
         reason = reads_padding(program, mask, liveness.keep)
         if reason is not None:
             return refuse(mask, reason)
+        result.notes.append(Note.at(self.name, mask, placement.text(len(allowed))))
         for node in placement.packed:
             result.rewrites["attention on tokens" if node.target is ATTENTION else "op on tokens"] += 1
         outputs = program.module.graph.output_node().args[0]
