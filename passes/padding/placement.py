@@ -41,8 +41,8 @@ class Placement:
     def text(self, allowed: int) -> str:
         """The decision and its figures."""
         return (
-            f"{len(self.packed)} of {allowed} ops that may be packed are; modelled at the example's shape and {FILL:.0%} "
-            f"tokens: saves {self.saved / _MS:.3g} ms, packing and restoring costs {self.copied / _MS:.3g} ms"
+            f"{len(self.packed)} of {allowed} ops that may be packed are; modelled at the example's shape with "
+            f"{FILL:.0%} tokens, it saves {self.saved / _MS:.3g} ms and copies for {self.copied / _MS:.3g} ms"
         )
 
 
