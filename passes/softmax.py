@@ -11,14 +11,23 @@ import sympy
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, ELEMENTWISE, LOG_SOFTMAX, MATMUL, SOFTMAX, SPLIT_ROWS, VIEWS, aten, planish_ops
+from planish.ops import (
+    ATTENTION,
+    ELEMENTWISE,
+    LOG_SOFTMAX,
+    MATMUL,
+    SCHEDULED,
+    SOFTMAX,
+    SPLIT_ROWS,
+    VIEWS,
+    aten,
+    planish_ops,
+)
 from planish.pipeline import Note, Pass, Refusal, Result
 from planish.program import Program, evaluate
 from planish.rules import Refuse, remove_dead
 from planish.targets import Target
 from planish.verify import infer_values
-
-OURS = frozenset({planish_ops.softmax.default, planish_ops.log_softmax.default})
 
 OPERATIONS = {("softmax", 3): 20, ("softmax", 2): 34, ("log_softmax", 3): 19, ("log_softmax", 2): 22}
 """Vector instructions per vector of elements, counted in the kernels' loops, by kind and number of passes."""
@@ -73,7 +82,7 @@ class RewriteSoftmax(Pass):
             if node.target is ATTENTION:
                 text = "its softmax runs inside its kernel, on scores that never leave the cache"
                 rewriting.result.notes.append(Note.at("attention", node, text))
-            elif node.target in (SOFTMAX | LOG_SOFTMAX) - OURS:
+            elif node.target in (SOFTMAX | LOG_SOFTMAX) - SCHEDULED:
                 rewriting.softmax(node)
         remove_dead(program.module)
         return rewriting.result
