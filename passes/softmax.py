@@ -142,7 +142,7 @@ class _Rewriting:
         where = Note.at("", node, "").where
         for user, how in readers.items():
             with self.program.module.graph.inserting_before(user):
-                new = how(places, user)  # pyright: ignore
+                new: fx.Node = how(places, user)  # pyright: ignore
             infer_values(self.program)
             user.replace_all_uses_with(new)
             self.result.rewrites["softmax dropped"] += 1
@@ -299,7 +299,7 @@ class _Places:
             best = self._call(planish_ops.argtopk.default, self.x, k, True)
             first = self._call(aten.slice.Tensor, best, self.axis, 0, 1)
             finite = self._call(aten.lt.Scalar, self._call(aten.gather.default, self.x, self.axis, first), math.inf)
-            options = {"dtype": torch.int64, "device": torch.device("cpu")}
+            options: dict[str, Any] = {"dtype": torch.int64, "device": torch.device("cpu")}
             in_order = self.graph.call_function(aten.arange.default, (k,), options)
             return self._call(aten.where.self, finite, best, in_order)
         top, total = (self._call(aten.slice.Tensor, self._row(), self.axis, i, i + 1) for i in range(2))
