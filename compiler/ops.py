@@ -18,6 +18,9 @@ ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default
 
+SCHEDULED = frozenset({planish_ops.softmax.default, planish_ops.log_softmax.default})
+"""A softmax with the schedule that ``rewrite-softmax`` chose."""
+
 SOFTMAX = frozenset({aten.softmax.int, aten._softmax.default, planish_ops.softmax.default})
 LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default, planish_ops.log_softmax.default})
 STATISTICS = planish_ops.softmax_statistics.default
@@ -258,7 +261,7 @@ ELEMENTWISE = frozenset(
 INLINE = VIEWS | GENERATORS | GATHERS | JOINS | ELEMENTWISE
 """Ops that a kernel can compute on the way, element by element."""
 
-IR = INLINE | ROWS | REDUCTIONS | SCANS | POOLS | SCATTERS | {LINEAR, ATTENTION, MATMUL, CONVOLUTION}
+IR = INLINE | (ROWS - SCHEDULED) | REDUCTIONS | SCANS | POOLS | SCATTERS | {LINEAR, ATTENTION, MATMUL, CONVOLUTION}
 """Every ATen op that the graph keeps whole."""
 
 

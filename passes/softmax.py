@@ -11,14 +11,23 @@ import sympy
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, ELEMENTWISE, LOG_SOFTMAX, MATMUL, SOFTMAX, SPLIT_ROWS, VIEWS, aten, planish_ops
+from planish.ops import (
+    ATTENTION,
+    ELEMENTWISE,
+    LOG_SOFTMAX,
+    MATMUL,
+    SCHEDULED,
+    SOFTMAX,
+    SPLIT_ROWS,
+    VIEWS,
+    aten,
+    planish_ops,
+)
 from planish.pipeline import Note, Pass, Refusal, Result
 from planish.program import Program, evaluate
 from planish.rules import Refuse, remove_dead
 from planish.targets import Target
 from planish.verify import infer_values
-
-OURS = frozenset({planish_ops.softmax.default, planish_ops.log_softmax.default})
 
 OPERATIONS = {("softmax", 3): 20, ("softmax", 2): 34, ("log_softmax", 3): 19, ("log_softmax", 2): 22}
 """Vector instructions per vector of elements, counted in the kernels' loops, by kind and number of passes."""
@@ -73,7 +82,7 @@ class RewriteSoftmax(Pass):
             if node.target is ATTENTION:
                 text = "its softmax runs inside its kernel, on scores that never leave the cache"
                 rewriting.result.notes.append(Note.at("attention", node, text))
-            elif node.target in (SOFTMAX | LOG_SOFTMAX) - OURS:
+            elif node.target in (SOFTMAX | LOG_SOFTMAX) - SCHEDULED:
                 rewriting.softmax(node)
         remove_dead(program.module)
         return rewriting.result
@@ -133,7 +142,7 @@ class _Rewriting:
         where = Note.at("", node, "").where
         for user, how in readers.items():
             with self.program.module.graph.inserting_before(user):
-                new = how(places, user)  # pyright: ignore
+                new: fx.Node = how(places, user)  # pyright: ignore
             infer_values(self.program)
             user.replace_all_uses_with(new)
             self.result.rewrites["softmax dropped"] += 1
@@ -290,7 +299,7 @@ class _Places:
             best = self._call(planish_ops.argtopk.default, self.x, k, True)
             first = self._call(aten.slice.Tensor, best, self.axis, 0, 1)
             finite = self._call(aten.lt.Scalar, self._call(aten.gather.default, self.x, self.axis, first), math.inf)
-            options = {"dtype": torch.int64, "device": torch.device("cpu")}
+            options: dict[str, Any] = {"dtype": torch.int64, "device": torch.device("cpu")}
             in_order = self.graph.call_function(aten.arange.default, (k,), options)
             return self._call(aten.where.self, finite, best, in_order)
         top, total = (self._call(aten.slice.Tensor, self._row(), self.axis, i, i + 1) for i in range(2))

@@ -150,7 +150,8 @@ class _Rows:
             with T.serial(0, count) as r:
                 row = T.bind(first + r)
                 stretch, top = self._row(row), keep(found[0])
-                total = sweep.exponentials(stretch, top, self._kept)
+                soon = self.out if self.anchor.target in LOG_SOFTMAX and not self.stored else None
+                total = sweep.exponentials(stretch, top, self._kept, soon)
                 with T.If(r + 1 < count), T.Then():
                     T.buffer_store(found, self._top(row + 1, self._row(T.bind(row + 1))), [0])
                 if self.anchor.target is STATISTICS:

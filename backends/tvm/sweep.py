@@ -11,6 +11,7 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, as_int, f32, horizontal, i32, keep, lanes_at, splat
+from planish.backends.tvm.microkernel import prefetch
 
 WAYS = 4
 """Vectors side by side, each with accumulators of its own: as many as hide the latency of an addition."""
@@ -132,10 +133,11 @@ def largest(stretch: Stretch) -> Expr:
     return _fold(stretch, registers, T.max)
 
 
-def exponentials(stretch: Stretch, top: Expr, into: Any) -> Expr:
+def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Any = None) -> Expr:
     """Sum of exp(x - top); the exponentials are stored ``into`` a buffer if there is one.
 
-    In a stretch of nothing but -inf, which may be part of a longer row, all are 0.
+    The same places of the buffer ``soon``, which the next pass writes, are fetched into the cache meanwhile: that pass
+    computes too little to hide it. In a stretch of nothing but -inf, which may be part of a longer row, all are 0.
     """
     whole, finite = stretch.whole, splat(_reference(top), stretch.lanes)
     total, part = stretch.registers(0.0), stretch.registers(0.0)
@@ -148,6 +150,8 @@ def exponentials(stretch: Stretch, top: Expr, into: Any) -> Expr:
             value = vmath.exp_difference(stretch.load(at, mask, float("-inf")) - finite)
             if into is not None:
                 stretch.store(into, at, mask, value)
+            if soon is not None:
+                prefetch(T.address_of(soon[stretch.base + at]), level=2, write=True)
             T.buffer_store(part[way], part[way][whole] + value, [whole])
 
         stretch.each(first, size, body)
@@ -194,7 +198,7 @@ def extended(stretch: Stretch) -> tuple[Expr, Expr]:
     T.buffer_store(result, total.at(n) / m, [0])
     inside = tirx.And(top < f32(vmath.EXTENDED), top > f32(-vmath.EXTENDED))
     with T.If(tirx.Not(inside)), T.Then():
-        T.buffer_store(result, exponentials(stretch, top, None), [0])
+        T.buffer_store(result, exponentials(stretch, top), [0])
     return top, keep(result[0])
 
 
