@@ -17,7 +17,7 @@ from planish.models.base import LoadedModel
 
 pytestmark = pytest.mark.needs_weights
 
-SHAPES = [(1, 1), (1, 7), (3, 5), (2, 64), (7, 143), (5, 256), (64, 3), (16, 37), (64, 256)]
+SHAPES = [(1, 1), (1, 7), (3, 5), (2, 64), (7, 143), (5, 256), (64, 3), (16, 37), (64, 256), (2, 512)]
 
 
 @pytest.fixture(scope="module")
