@@ -147,7 +147,7 @@ def test_what_follows_an_encoder(head: Callable[..., Any], target: str) -> None:
         assert_tokens_equal(model, compiled, batch(kind, 5, 33, seed))
 
 
-READERS = {plain_mean: "mean", convolution: "convolution", batch_norm: "mean"}
+READERS = {plain_mean: ("mean",), convolution: ("convolution",), batch_norm: ("mean", "sum")}
 
 
 @pytest.mark.parametrize("head", READERS, ids=lambda h: h.__name__)
@@ -157,7 +157,9 @@ def test_readers_of_padding_are_refused(head: Callable[..., Any]) -> None:
     assert not any(n.target is VARLEN for n in program.nodes())
     assert step.refusals
     for refusal in step.refusals:
-        assert refusal.reason.startswith(f"{READERS[head]} combines positions and reads padding")
+        reader, _, complaint = refusal.reason.partition(" ")
+        assert reader in READERS[head]
+        assert complaint.startswith("combines positions and reads padding")
 
 
 @pytest.mark.parametrize("head", [*READERS, same, masked_mean], ids=lambda h: h.__name__)

@@ -365,7 +365,7 @@ def test_the_choice_is_in_dump_and_report(tmp_path: Path) -> None:
     assert "softmax scheduled at softmax_default: three-pass" in compiled.report()
     assert "1 decided" in (tmp_path / "index.html").read_text()
     (stage,) = tmp_path.glob("*rewrite-softmax.py")
-    assert "import planish.passes" in stage.read_text()
+    assert "import planish.ops" in stage.read_text()
     assert "planish.softmax.default(x, 'three-pass', 0)" in stage.read_text()
 
 
