@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 from planish.passes.canonicalize import Canonicalize
 from planish.passes.fusion import FuseGroups
 from planish.passes.layout import ChooseLayout
+from planish.passes.selection import PushSelections
 
 if TYPE_CHECKING:
     from planish.pipeline import Pass
 
-REGISTRY: dict[str, Pass] = {p.name: p for p in (Canonicalize(), ChooseLayout(), FuseGroups())}
+REGISTRY: dict[str, Pass] = {p.name: p for p in (Canonicalize(), PushSelections(), ChooseLayout(), FuseGroups())}
 """Every pass with its default options, in the order of the default pipeline."""
 
 

@@ -28,7 +28,7 @@ def source_axis(program: Program, view: fx.Node, axis: int) -> int | None:
 
 def result_axis(program: Program, view: fx.Node, axis: int) -> int | None:
     """The result's axis along which ``axis`` of the operand lies; None where there is none."""
-    axes = range(view.meta["val"].dim())
+    axes = range(_rank(view)) if view.target in _TRACES else ()
     return next((a for a in axes if source_axis(program, view, a) == axis), None)
 
 
