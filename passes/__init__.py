@@ -9,13 +9,22 @@ from planish.passes.canonicalize import Canonicalize
 from planish.passes.fusion import FuseGroups
 from planish.passes.layout import ChooseLayout
 from planish.passes.padding import RemovePadding
+from planish.passes.selection import PushSelections
 from planish.passes.softmax import RewriteSoftmax
 
 if TYPE_CHECKING:
     from planish.pipeline import Pass
 
 REGISTRY: dict[str, Pass] = {
-    p.name: p for p in (Canonicalize(), RemovePadding(), ChooseLayout(), RewriteSoftmax(), FuseGroups())
+    p.name: p
+    for p in (
+        Canonicalize(),
+        PushSelections(),
+        RemovePadding(),
+        ChooseLayout(),
+        RewriteSoftmax(),
+        FuseGroups(),
+    )
 }
 """Every pass with its default options, in the order of the default pipeline."""
 

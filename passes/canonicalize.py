@@ -267,6 +267,24 @@ def name_linear(program: Program, node: fx.Node) -> fx.Node | None:
     return graph.call_function(aten.unsqueeze.default, (graph.call_function(LINEAR, (rows, graph.get_attr(weight))), 0))
 
 
+@rule("rows of a linear layer not merged", aten.reshape.default)
+def keep_rows_apart(program: Program, node: fx.Node) -> fx.Node | None:
+    """A linear layer works on the last axis, however many there are before it.
+
+    before: ``reshape(linear(reshape(x, [batch seq, k]), w, b), [batch, seq, n])``
+    after:  ``linear(reshape(x, [batch, seq, k]), w, b)``
+    """
+    layer: Any = node.args[0]
+    merged: Any = layer.args[0] if layer.target is LINEAR and len(layer.users) == 1 else None
+    if merged is None or merged.target is not aten.reshape.default:
+        return None
+    if program.shape(node)[-1:] != program.shape(layer)[-1:]:
+        return None
+    graph, sizes = program.module.graph, node.args[1]
+    rows = graph.call_function(aten.reshape.default, (merged.args[0], [*sizes[:-1], program.shape(merged)[-1]]))  # pyright: ignore
+    return graph.call_function(LINEAR, (rows, *layer.args[1:]))
+
+
 RULES: tuple[Rule, ...] = (
     fold_constant,
     remove_identity,
@@ -276,6 +294,7 @@ RULES: tuple[Rule, ...] = (
     drop_true,
     gather_is_view,
     name_linear,
+    keep_rows_apart,
     recognise_attention,
     fold_attention_scale,
     fold_scale,
@@ -321,7 +340,7 @@ def merge_equal(program: Program) -> int:
         if isinstance(node.meta.get("val"), torch.SymInt):
             key: Any = program.size(node)
         else:
-            key = (node.op, node.target, _hashable(node.args), _hashable(node.kwargs))
+            key = (node.op, node.target, hashable(node.args), hashable(node.kwargs))
         first = seen.setdefault(key, node)
         if first is not node:
             node.replace_all_uses_with(first)
@@ -330,9 +349,10 @@ def merge_equal(program: Program) -> int:
     return merged
 
 
-def _hashable(value: Any) -> Any:
+def hashable(value: Any) -> Any:
+    """Arguments of a call as a key: equal keys are equal calls."""
     if isinstance(value, dict):
-        return tuple((k, _hashable(v)) for k, v in sorted(value.items()))
+        return tuple((k, hashable(v)) for k, v in sorted(value.items()))
     if isinstance(value, (list, tuple)):
-        return tuple(_hashable(v) for v in value)
+        return tuple(hashable(v) for v in value)
     return value if isinstance(value, fx.Node) else (type(value), repr(value))

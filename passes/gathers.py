@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from planish.ops import argument, aten
+from planish.passes.axes import result_axis
 from planish.program import Program
 from planish.rules import rule
 
@@ -46,17 +47,16 @@ def _arange_axis(program: Program, index: Any, rank: int, size: Any) -> int | No
     None where it is anything else.
     """
     chain: list[fx.Node] = []
-    while isinstance(index, fx.Node) and index.target in _TRACED:
+    while isinstance(index, fx.Node) and index.target in _SEEN_THROUGH:
         chain.append(index)
         index = index.args[0]
     if not isinstance(index, fx.Node) or not _counts_to(program, index, size):
         return None
-    axis: int | None = 0
+    axis, last = 0, index
     for view in reversed(chain):
-        axis = _TRACED[view.target](program, view, axis)
+        axis, last = result_axis(program, view, axis), view
         if axis is None:
             return None
-    last = chain[0] if chain else index
     return axis + rank - last.meta["val"].dim()
 
 
@@ -73,29 +73,5 @@ def _counts_to(program: Program, node: fx.Node, size: Any) -> bool:
 _ENDS: dict[Any, int] = {aten.arange.default: 0, aten.arange.start: 1, aten.arange.start_step: 1}
 """Where each overload has its end."""
 
-
-def _unsqueezed(program: Program, view: fx.Node, axis: int) -> int:
-    at = view.args[1] % view.meta["val"].dim()  # pyright: ignore
-    return axis + (at <= axis)
-
-
-def _reshaped(program: Program, view: fx.Node, axis: int) -> int | None:
-    """Known where all other axes have one element, before and after."""
-    before, after = program.shape(view.args[0]), program.shape(view)
-    along = [a for a, s in enumerate(after) if s != 1] or [len(after) - 1]
-    others = [s for a, s in enumerate(before) if a != axis]
-    return along[0] if len(along) == 1 and along[0] >= 0 and all(s == 1 for s in others) else None
-
-
-def _expanded(program: Program, view: fx.Node, axis: int) -> int | None:
-    before, after = program.shape(view.args[0]), program.shape(view)
-    at = axis + len(after) - len(before)
-    return at if after[at] == before[axis] else None
-
-
-_TRACED: dict[Any, Any] = {
-    aten.unsqueeze.default: _unsqueezed,
-    aten.reshape.default: _reshaped,
-    aten.expand.default: _expanded,
-}
-"""View to the axis of its result along which its operand's axis lies; None where that is not known."""
+_SEEN_THROUGH = (aten.unsqueeze.default, aten.reshape.default, aten.expand.default)
+"""Views of an index tensor that keep its order."""

@@ -121,6 +121,31 @@ def test_a_product_with_a_constant_is_a_linear_layer() -> None:
     assert "aten.bmm.default" in targets(rewritten(computed, "canonicalize")[0])
 
 
+def test_rows_of_a_linear_layer_stay_apart() -> None:
+    """GPT-2 merges batch and sequence around each layer; a layer that is read twice stays as it is."""
+    axes = {"x": {0: Dim("batch", 1, 8), 1: Dim("seq", 1, 8)}}
+
+    def merging(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(m.b.bias, x.reshape(-1, 16), m.b.weight.T).view(*x.shape[:2], 8)
+
+    program, step = rewritten(captured(merging, torch.randn(2, 3, 16), dynamic=axes), "canonicalize")
+    assert step.rewrites["rows of a linear layer not merged"] == 1
+    assert targets(program) == ["aten.linear.default"]
+
+    def split_columns(m: Plain, x: torch.Tensor) -> torch.Tensor:
+        return m.b(x.reshape(-1, 16)).view(*x.shape[:2], 2, 4)
+
+    program, step = rewritten(captured(split_columns, torch.randn(2, 3, 16), dynamic=axes), "canonicalize")
+    assert "rows of a linear layer not merged" not in step.rewrites
+
+    def read_twice(m: Plain, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = m.b(x.reshape(-1, 16))
+        return y.view(*x.shape[:2], 8), y
+
+    _, step = rewritten(captured(read_twice, torch.randn(2, 3, 16), dynamic=axes), "canonicalize")
+    assert "rows of a linear layer not merged" not in step.rewrites
+
+
 def test_a_squeeze_meets_its_unsqueeze() -> None:
     program = captured(lambda m, x: x.unsqueeze(1).squeeze(1).exp(), torch.randn(3, 8))
     assert targets(rewritten(program, "canonicalize")[0]) == ["aten.exp.default"]

@@ -276,7 +276,12 @@ def test_attention_is_named() -> None:
     _, step = rewritten(captured(lambda x: torch.nn.functional.scaled_dot_product_attention(x, x, x), heads))
     assert [n.rule for n in step.notes] == ["attention"]
     assert "scores that never leave the cache" in step.notes[0].text
-    spelled = captured(lambda x: torch.softmax(x @ x.transpose(-1, -2) * 0.3, -1) @ x, heads)
+
+    def spelled_out(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weights = torch.softmax(x @ x.transpose(-1, -2) * 0.3, -1)
+        return weights, weights @ x
+
+    spelled = captured(spelled_out, heads)
     _, step = rewritten(spelled)
     assert any("it is attention spelled out" in r.reason for r in step.refusals)
     assert step.rewrites == {"softmax scheduled": 1}
