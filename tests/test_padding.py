@@ -142,7 +142,7 @@ def test_encoders_are_packed_and_equal_at_tokens(name: str) -> None:
 def test_what_follows_an_encoder(head: Callable[..., Any], target: str) -> None:
     model = Tokens(head).eval()
     compiled = planish.compile(model, batch("right", 3, 9), target, dynamic=DIMS)
-    assert compiled.steps[2].rewrites["attention on tokens"] == 1
+    assert compiled.steps[3].rewrites["attention on tokens"] == 1
     for seed, kind in enumerate(MASKS):
         assert_tokens_equal(model, compiled, batch(kind, 5, 33, seed))
 
@@ -215,7 +215,7 @@ def test_masks_of_every_form(form: Callable[[torch.Tensor], torch.Tensor], fixed
     model = Tokens(same).eval()
     model.mask = form  # pyright: ignore[reportAttributeAccessIssue]
     compiled = planish.compile(model, batch("right", 5, 33), dynamic=None if fixed else DIMS)
-    assert compiled.steps[2].rewrites["attention on tokens"] == 1
+    assert compiled.steps[3].rewrites["attention on tokens"] == 1
     for seed, kind in enumerate(MASKS):
         assert_tokens_equal(model, compiled, batch(kind, 5, 33, seed))
 
@@ -223,7 +223,7 @@ def test_masks_of_every_form(form: Callable[[torch.Tensor], torch.Tensor], fixed
 def test_positions_are_not_taken_for_a_width_of_the_same_size() -> None:
     model = Tokens(same, width=32).eval()
     compiled = planish.compile(model, batch("right", 32, 32))
-    assert compiled.steps[2].rewrites["attention on tokens"] == 1
+    assert compiled.steps[3].rewrites["attention on tokens"] == 1
     assert_tokens_equal(model, compiled, batch("holes", 32, 32))
 
 
@@ -341,7 +341,7 @@ def test_cross_attention_reads_packed_keys() -> None:
     dynamic = {**DIMS, "target_ids": {0: Dim("batch", 2, 16), 1: Dim("targets", 2, 16)}}
     example = {**batch("right", 3, 9), "target_ids": torch.randint(0, 100, (3, 5))}
     compiled = planish.compile(model, example, dynamic=dynamic)
-    assert compiled.steps[2].rewrites["attention of other rows on tokens"] == 1
+    assert compiled.steps[3].rewrites["attention of other rows on tokens"] == 1
     for seed, kind in enumerate(MASKS):
         inputs = {**batch(kind, 5, 33, seed), "target_ids": target}
         with torch.no_grad():
