@@ -69,10 +69,13 @@ class _Pooled:
 
         if self.weights is None:
             return graph.call_function(LINEAR, (pooled(x), weight, bias))
-        total = graph.call_function(LINEAR, (pooled(graph.call_function(aten.mul.Tensor, (x, self.weights))), weight))
+        weights, dtype = self.weights, self.layer.meta["val"].dtype
+        if weights.meta["val"].dtype is not dtype:
+            weights = graph.call_function(aten._to_copy.default, (weights,), {"dtype": dtype})
+        total = graph.call_function(LINEAR, (pooled(graph.call_function(aten.mul.Tensor, (x, weights))), weight))
         if bias is None:
             return total
-        shift = graph.call_function(aten.mul.Tensor, (pooled(self.weights), bias))
+        shift = graph.call_function(aten.mul.Tensor, (pooled(weights), bias))
         return graph.call_function(aten.add.Tensor, (total, shift))
 
     def _summed_bias(self, program: Program, bias: Any) -> fx.Node | Refuse:

@@ -25,7 +25,10 @@ _END = 2**63 - 1
 
 @dataclass(frozen=True)
 class Selection:
-    """Positions of an axis: an op, and its arguments after the axis. One position is a slice of one."""
+    """Positions of an axis: an op, and its arguments after the axis.
+
+    One position is a slice of one, unless it is known at run time only.
+    """
 
     target: Any
     rest: tuple[Any, ...]
@@ -40,6 +43,8 @@ class Selection:
         start, end, step = (argument(node, i, name) for i, name in ((2, "start"), (3, "end"), (4, "step")))
         if node.target is aten.select.int:
             start = argument(node, 2, "index")
+            if isinstance(start, fx.Node):
+                return Selection(node.target, (start,)), axis % rank
             end = _END if start == -1 else start + 1
         rest = (start or 0, _END if end is None else end, step or 1)
         return Selection(aten.slice.Tensor, rest), axis % rank
@@ -67,9 +72,9 @@ class _Moving:
         Whoever reads the op's result must read the same positions. Views on the way come along.
         """
         one = node.target is aten.select.int
-        if one and isinstance(argument(node, 2, "index"), fx.Node):
-            return None
         selection, axis = Selection.of(node)
+        if selection.target is aten.select.int:
+            return None
         x, at, views = _source(program, node.args[0], axis)
         count = 1 if one else program.shape(node)[axis]
         if at == REPEATED and not isinstance(count, int):
@@ -203,7 +208,9 @@ def _reduced(program: Program, op: fx.Node, axis: int) -> Axes | None:
 
 
 def _joined(program: Program, op: fx.Node, axis: int) -> Axes | None:
-    return None if argument(op, 1, "dim", 0) % _rank(op) == axis else {0: axis}
+    """An empty piece may have fewer axes."""
+    alike = all(_rank(x) == _rank(op) for x in op.args[0])  # pyright: ignore
+    return {0: axis} if alike and argument(op, 1, "dim", 0) % _rank(op) != axis else None
 
 
 def _looked_up(program: Program, op: fx.Node, axis: int) -> Axes | None:

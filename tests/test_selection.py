@@ -210,6 +210,8 @@ STAYING: Mapping[str, Body] = {
     "sums so far": lambda m, x: x.cumsum(1)[:, 0],
     "merged axes": lambda m, x: x.exp().view(-1, WIDTH)[0],
     "along a join": lambda m, x: torch.cat([x, x.exp()], 1)[:, 0],
+    "a place known at run time": lambda m, x: x.exp()[:, x.shape[1] - 2],
+    "an empty piece": lambda m, x: torch.cat([torch.zeros(0), x.exp()], -1)[:, 1],
     "an input": lambda m, x: x[:, 0].exp(),
 }
 
@@ -237,6 +239,7 @@ POOLING: Mapping[str, Body] = {
     "mean": lambda m, x: m.up(x).mean(1),
     "mean, kept axis": lambda m, x: m.up(x).mean(1, keepdim=True),
     "masked sum": lambda m, x: (m.up(x) * (x[..., :1] > 0)).sum(1) / (x[..., :1] > 0).sum(1),
+    "masked mean": lambda m, x: (m.up(x) * (x[..., :1] > 0)).mean(1),
     "sum without bias": lambda m, x: F.linear(x, m.up.weight).sum(1),
     "sum over batches": lambda m, x: m.up(x).mean(0),
 }
