@@ -62,8 +62,8 @@ def test_real_documents(loaded: LoadedModel, compiled: CompiledModel) -> None:
 def test_few_kernels_and_equal_ones_once(compiled: CompiledModel) -> None:
     text = compiled.report()
     kernels = [line.split(":")[0] for line in text.splitlines() if line.startswith("kernel ")]
-    assert len(kernels) == 39
-    assert len(set(kernels)) == 7
+    assert len(kernels) == 47
+    assert len(set(kernels)) == 15
 
 
 def test_first_and_last_program_of_the_dump_run_by_hand_and_agree(compiled: CompiledModel, folder: Path) -> None:
@@ -77,8 +77,12 @@ def test_first_and_last_program_of_the_dump_run_by_hand_and_agree(compiled: Comp
         assert done.returncode == 0, done.stderr
         saved.append(safetensors.torch.load_file(target))
     assert saved[0].keys() == saved[1].keys()
+    tokens = safetensors.torch.load_file(folder / "inputs.safetensors")["attention_mask"].bool()
     for name, want in saved[0].items():
-        assert verify.relative_error(want, saved[1][name]) <= 1e-5
+        got = saved[1][name]
+        if want.shape[:2] == tokens.shape:
+            want, got = want[tokens], got[tokens]
+        assert verify.relative_error(want, got) <= 1e-5
     assert (folder / "kernels").is_dir()
     assert (folder / "index.html").stat().st_size > 0
 

@@ -90,7 +90,8 @@ class RemovePadding(Pass):
         for reader, count in kept.items():
             refuse(reader, f"{liveness.complaint(reader)}, so {count} ops before it compute padding too")
         placement = place(liveness, allowed)
-        if not any(n.target is ATTENTION for n in placement.packed):
+        readers = {user for n in placement.packed for user in n.users if liveness.attends_from_few(user)}
+        if not readers and not any(n.target is ATTENTION for n in placement.packed):
             return None
         reason = reads_padding(program, mask, liveness.keep)
         if reason is not None:

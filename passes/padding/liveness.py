@@ -120,6 +120,11 @@ class Liveness:
         causal = argument(node, 5, "is_causal", False)
         return heads and not causal and all(self._heads_apart(a) for a in node.args[1:3])
 
+    def reads_packed(self, node: fx.Node) -> bool:
+        """Whether an op that gives no tokens reads them in packed form."""
+        first = self.first_token_axis(node) is not None
+        return first or self.sums_tokens(node) or self.attends_from_few(node)
+
     def _heads_apart(self, node: Any) -> bool:
         """Axes [batch, heads, positions, width]."""
         axes = self.axes[node] if isinstance(node, fx.Node) else None

@@ -62,7 +62,7 @@ def place(liveness: Liveness, allowed: Iterable[fx.Node]) -> Placement:
     for node in filter(liveness.axes.is_token, program.nodes()):
         size = 2 * _bytes(program, node)
         for user in node.users:
-            if liveness.attends_from_few(user):
+            if liveness.reads_packed(user):
                 continue
             reader = user if user in allowed else "padded"
             if node in allowed:
