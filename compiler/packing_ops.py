@@ -45,15 +45,19 @@ def _(mask: Tensor, starts: Tensor, keep: int, first: bool) -> Tensor:
 
 
 @torch.library.custom_op("planish::token_slots", mutates_args=())
-def token_slots(mask: Tensor, starts: Tensor, keep: int, first: bool, nearest: bool) -> Tensor:
+def token_slots(mask: Tensor, starts: Tensor, keep: int, first: bool, others: str) -> Tensor:
     """Where in the packed batch each position's token lies, int64 [B, S].
 
-    Padding has -1, or with ``nearest`` the token of its row that is nearest, the earlier one of two.
+    Args:
+        mask: as in ``token_starts``, like ``keep`` and ``first``.
+        starts: of the rows.
+        others: what other positions have: ``"none"`` -1; ``"zero"`` -1, also a first column that counts as a token but
+            is padding; ``"nearest"`` the token of their row that is nearest, the earlier one of two.
     """
     kept = _kept(mask, keep, first)
     slots = kept.flatten().cumsum(0).view(kept.shape) - 1
-    shown = (mask == keep) | ~_fits(mask, keep)
-    if not nearest:
+    shown = kept if others == "none" else (mask == keep) | ~_fits(mask, keep)
+    if others != "nearest":
         return slots.masked_fill(~shown, -1)
     column, size = torch.arange(mask.shape[1]), mask.shape[1]
     before = torch.where(shown, column, -size).cummax(1)[0]
@@ -62,7 +66,7 @@ def token_slots(mask: Tensor, starts: Tensor, keep: int, first: bool, nearest: b
 
 
 @token_slots.register_fake
-def _(mask: Tensor, starts: Tensor, keep: int, first: bool, nearest: bool) -> Tensor:
+def _(mask: Tensor, starts: Tensor, keep: int, first: bool, others: str) -> Tensor:
     return mask.new_empty(mask.shape, dtype=torch.int64)
 
 

@@ -57,8 +57,12 @@ class MaskRows:
 
     def counts(self, row: Expr, column: Expr, fits: Expr) -> Expr:
         """Whether a position counts as a token."""
-        token = tirx.Or(self.is_token(row, column), tirx.EQ(fits, 0))
+        token = self.shows(row, column, fits)
         return tirx.Or(token, tirx.EQ(column, 0)) if self.first else token
+
+    def shows(self, row: Expr, column: Expr, fits: Expr) -> Expr:
+        """Whether a position is a token by the mask, or lies in a row that does not fit."""
+        return tirx.Or(self.is_token(row, column), tirx.EQ(fits, 0))
 
 
 def _one_if(condition: Expr) -> Expr:
@@ -110,8 +114,9 @@ def _lower_places(module: Module, program: Program, region: Region, anchor: fx.N
 
 
 def _lower_slots(module: Module, program: Program, region: Region, anchor: fx.Node) -> Lowered:
-    """The packed index of each position; for padding -1, or by two sweeps the nearest token's."""
-    mask, starts, keep_value, first, nearest = anchor.args
+    """The packed index of each position; for others -1, or by two sweeps the nearest token's."""
+    mask, starts, keep_value, first, others = anchor.args
+    nearest = others == "nearest"
     batch, columns = program.shape(anchor)
     extra = [(Scratch(4 * batch * columns), "int32")] if nearest else []
     with kernel(module, program, region, extra) as (k, out, scratch):
@@ -124,7 +129,7 @@ def _lower_slots(module: Module, program: Program, region: Region, anchor: fx.No
             T.buffer_store(slot, i32(-1), [0])
             T.buffer_store(column, -columns, [0])
             with T.serial(0, columns) as s:
-                shown = tirx.Or(rows.is_token(row, s), tirx.EQ(fits, 0))
+                shown = rows.counts(row, s, fits) if others == "none" else rows.shows(row, s, fits)
                 with T.If(keep(shown)):
                     with T.Then():
                         T.buffer_store(slot, at[0], [0])
@@ -149,7 +154,7 @@ def _look_ahead(rows: MaskRows, before: Any, out: Any, row: Expr, columns: Expr,
     with T.serial(0, columns) as i:
         s = T.bind(columns - 1 - i)
         at = T.bind(row * columns + s)
-        with T.If(tirx.Or(rows.is_token(row, s), tirx.EQ(fits, 0))), T.Then():
+        with T.If(rows.shows(row, s, fits)), T.Then():
             T.buffer_store(slot, out[at], [0])
             T.buffer_store(column, s, [0])
         with T.If(column[0] - s < s - before[at]), T.Then():

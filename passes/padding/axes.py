@@ -49,6 +49,8 @@ class AxisMap:
     Attributes:
         batch: size of the batch axis.
         tokens: number of positions of a row.
+        known: axes of the values.
+        told_by_shape: values whose axes are what their sizes say: how they come from the operands' is not known.
     """
 
     program: Program
@@ -56,6 +58,7 @@ class AxisMap:
     batch: int | sympy.Expr
     tokens: int | sympy.Expr
     known: dict[fx.Node, Axes | None] = field(default_factory=dict[fx.Node, "Axes | None"])
+    told_by_shape: set[fx.Node] = field(default_factory=set[fx.Node])
 
     @staticmethod
     def of(program: Program, mask: fx.Node) -> AxisMap:
@@ -103,6 +106,8 @@ class AxisMap:
             for targets, rule in _RULES:
                 if node.target in targets:
                     axes = rule(self, node)
+        if axes is None:
+            self.told_by_shape.add(node)
         return axes if axes is not None else self.from_shape(node)
 
     def _input(self, node: fx.Node) -> Axes | None:
@@ -202,6 +207,8 @@ def _sized_view(map_: AxisMap, node: fx.Node, axes: Axes) -> Axes | None:
         cut = () if node.target is aten.select.int or shape is None else shape[axis : axis + 1]
         if cut and map_.program.shape(node)[axis] == map_.program.shape(node.args[0])[axis]:  # pyright: ignore
             cut = axes[axis : axis + 1]
+        if axes[axis] == (BATCH,) and cut != (BATCH,):  # other rows' positions are not the mask's
+            axes = tuple((SAME,) if a == (TOKENS,) else a for a in axes)
         return None if shape is None else (*axes[:axis], *cut, *axes[axis + 1 :])
     if node.target is aten.expand.default and shape is not None:
         own = [()] * (len(shape) - rank) + list(axes)

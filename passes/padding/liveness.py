@@ -26,8 +26,8 @@ RESHAPING = frozenset(
 )
 """Views that keep every element."""
 
-ALONG = frozenset({aten.slice.Tensor, aten.select.int, aten.cat.default, aten.constant_pad_nd.default})
-"""Ops that change one axis, or a few."""
+ALONG = frozenset({aten.slice.Tensor, aten.select.int, aten.cat.default})
+"""Ops that change one axis."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Liveness:
     def _is_pointwise(self, node: fx.Node) -> bool:
         """Whether a value at a position depends on its operands' values there alone, though the op is not packed."""
         pointwise = node.target in ELEMENTWISE | RESHAPING | {aten.embedding.default}
-        return pointwise and self.axes.is_token(node)
+        return pointwise and self.axes.is_token(node) and node not in self.axes.told_by_shape
 
     def first_token_axis(self, node: fx.Node) -> int | None:
         """The axis of positions of which ``node`` reads the first only (a [CLS] token); None if it does not."""
@@ -134,8 +134,12 @@ class Liveness:
 
     def obstacle(self, node: fx.Node) -> str | None:
         """Why an op cannot work on the packed tokens, or None."""
+        if node.op != "call_function":
+            return "it is given for the padded batch"
         if not self.axes.is_token(node):
             return "its result has no element for each position"
+        if node in self.axes.told_by_shape:
+            return f"{_name(node)} mixes positions with other axes"
         if not _is_float(node):
             return "integers and conditions are computed for the padded batch"
         known = [self.axes[n] for n in (node, *node.all_input_nodes) if _is_tensor(n)]
@@ -143,6 +147,10 @@ class Liveness:
             return "the axes of an operand are not known"
         if any(not isinstance(a, (str, int)) for axes in known for axis in axes or () for a in axis):
             return "another of its axes has a dynamic size"
+        return self._op_obstacle(node)
+
+    def _op_obstacle(self, node: fx.Node) -> str | None:
+        """Why an op on values whose axes are known cannot work on the packed tokens, or None."""
         target = node.target
         if target in ELEMENTWISE:
             return None if self._aligned(node) else "an operand is laid out in another way"

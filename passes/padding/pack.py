@@ -15,7 +15,7 @@ from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic
 
 from planish.ops import ATTENTION, ELEMENTWISE, REDUCTIONS, argument, aten, planish_ops
-from planish.passes.padding.axes import BATCH, LABELS, POSITIONS, Atom, Axes, Axis
+from planish.passes.padding.axes import BATCH, LABELS, POSITIONS, TOKENS, Atom, Axes, Axis
 from planish.passes.padding.liveness import RESHAPING, Liveness
 from planish.program import Dim, Program
 from planish.verify import fake_mode, infer_values
@@ -33,7 +33,7 @@ class Packer:
     Attributes:
         liveness: axes and readers.
         chosen: the nodes to be computed for tokens only.
-        nearest: what padding gets where a value is restored: the nearest token's value instead of 0.
+        nearest: whether outputs hold at padding the nearest token's value instead of 0.
         rewrites: counts of what was done.
     """
 
@@ -42,7 +42,7 @@ class Packer:
     nearest: bool
     rewrites: Counter[str]
     done: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
-    restored: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    restored: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict[tuple[fx.Node, str], fx.Node])
     made: dict[Any, fx.Node] = field(default_factory=dict[Any, fx.Node])
 
     @property
@@ -74,12 +74,14 @@ class Packer:
             if applies:
                 new = rewrite(node)
                 new.meta["val"] = node.meta["val"]
+                self.liveness.axes.known[new] = self.liveness.axes[node]
                 node.replace_all_uses_with(new)
                 self.rewrites[name] += 1
                 return
         for operand in node.all_input_nodes:
             if operand in self.chosen:
-                node.replace_input_with(operand, self._restore(operand))
+                others = "none" if node.op != "output" else "nearest" if self.nearest else "zero"
+                node.replace_input_with(operand, self._restore(operand, others))
 
     # the tokens -----------------------------------------------------------------------------------------------------
 
@@ -103,7 +105,7 @@ class Packer:
     @property
     def rule(self) -> tuple[fx.Node, int, bool]:
         """What says which positions count as tokens: the mask, its value there, and whether the first always does."""
-        first = any(self.liveness.first_token_axis(user) is not None for n in self.chosen for user in n.users)
+        first = any(self.liveness.first_token_axis(node) is not None for node in self.program.nodes())
         return self.liveness.axes.mask, self.liveness.keep, first
 
     @property
@@ -142,22 +144,19 @@ class Packer:
     @property
     def columns(self) -> fx.Node:
         """Column of each token."""
-        size = self.size("tokens")
+        size = self.size(TOKENS)
         return self._once("columns", lambda: self._call(aten.remainder.Scalar, self.places, size))
 
     @property
     def rows(self) -> fx.Node:
         """Row of each token."""
-        return self._once("rows", lambda: self._call(aten.floor_divide.default, self.places, self.size("tokens")))
+        return self._once("rows", lambda: self._call(aten.floor_divide.default, self.places, self.size(TOKENS)))
 
-    @property
-    def slots(self) -> fx.Node:
-        """Packed index of each position."""
-        return self._once("slots", self._make_slots)
-
-    def _make_slots(self) -> fx.Node:
+    def slots(self, others: str) -> fx.Node:
+        """Packed index of each position; see ``planish::token_slots``."""
         mask, keep, first = self.rule
-        return self._call(planish_ops.token_slots.default, mask, self.starts, keep, first, self.nearest)
+        arguments = (mask, self.starts, keep, first, others)
+        return self._once(("slots", others), lambda: self._call(planish_ops.token_slots.default, *arguments))
 
     @property
     def order(self) -> fx.Node:
@@ -234,29 +233,32 @@ class Packer:
     def _reshape(self, x: fx.Node, plain: Sequence[Axis]) -> fx.Node:
         return self._call(aten.reshape.default, x, [self.count, *self._sizes(plain)])
 
-    def _restore(self, node: fx.Node) -> fx.Node:
+    def _restore(self, node: fx.Node, others: str) -> fx.Node:
         """The padded form of a packed value; padding holds the number that it is known to be there, else 0."""
-        if node not in self.restored:
-            self.restored[node] = self._restored(node)
-            self.restored[node].meta["val"] = node.meta["val"]
+        if self.liveness.padding(node) is not None:
+            others = "none"
+        key = (node, others)
+        if key not in self.restored:
+            self.restored[key] = self._restored(node, others)
+            self.restored[key].meta["val"] = node.meta["val"]
             self.rewrites["padded form restored"] += 1
-        return self.restored[node]
+        return self.restored[key]
 
-    def _restored(self, node: fx.Node) -> fx.Node:
+    def _restored(self, node: fx.Node, others: str) -> fx.Node:
         axes = self.liveness.axes[node]
         assert axes is not None
-        x = self._call(aten.index.Tensor, self.done[node], [self.slots])
-        known = self.liveness.padding(node)
-        if known is not None or not self.nearest:
-            slots = self.slots
+        slots = self.slots(others)
+        x = self._call(aten.index.Tensor, self.done[node], [slots])
+        if others != "nearest":
             for _ in _plain(axes):
                 slots = self._call(aten.unsqueeze.default, slots, -1)
-            x = self._call(aten.where.ScalarOther, self._call(aten.ge.Scalar, slots, 0), x, known or 0.0)
-        return self._laid_out(x, (BATCH, "tokens"), axes)
+            known = self.liveness.padding(node) or 0.0
+            x = self._call(aten.where.ScalarOther, self._call(aten.ge.Scalar, slots, 0), x, known)
+        return self._laid_out(x, (BATCH, TOKENS), axes)
 
     def _laid_out(self, x: fx.Node, labels: tuple[str, ...], axes: Axes) -> fx.Node:
         """A value [labels, plain axes] with its axes in the order and grouping of ``axes``."""
-        wanted = ["tokens" if a in POSITIONS else a for axis in axes for a in axis]
+        wanted = [TOKENS if a in POSITIONS else a for axis in axes for a in axis]
         plain = [i for i, a in enumerate(wanted) if a not in LABELS]
         split = [(a,) for a in labels] + [(wanted[i],) for i in plain]
         now = [(a,) for a in labels] + list(_plain(axes))
