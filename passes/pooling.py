@@ -119,7 +119,8 @@ def _permutation(program: Program, view: fx.Node) -> list[int] | None:
         return None
     axes = [source_axis(program, view, a) for a in range(view.meta["val"].dim())]
     known = [a for a in axes if a is not None]
-    return known if sorted(known) == list(range(view.args[0].meta["val"].dim())) else None  # pyright: ignore
+    same = len(known) == len(axes) and sorted(known) == list(range(view.args[0].meta["val"].dim()))  # pyright: ignore
+    return known if same else None
 
 
 def _layer_and_weights(program: Program, product: fx.Node) -> tuple[Any, Any]:

@@ -278,7 +278,16 @@ def test_a_layer_that_others_read_is_pooled_after_it() -> None:
     assert any("linear is read by" in r for r in reasons(step))
 
 
-@pytest.mark.parametrize("body", [lambda m, x: m.up(x).mean(-1), lambda m, x: F.gelu(m.up(x)).mean(1)])
+OTHER_POOLING: Mapping[str, Body] = {
+    "of columns": lambda m, x: m.up(x).mean(-1),
+    "behind an activation": lambda m, x: F.gelu(m.up(x)).mean(1),
+    "of everything": lambda m, x: m.up(x).mean(),
+    "of one number": lambda m, x: x[0, 0, 0].mean(),
+    "with an axis in front": lambda m, x: m.up(x).unsqueeze(0).mean(2),
+}
+
+
+@pytest.mark.parametrize("body", OTHER_POOLING.values(), ids=OTHER_POOLING)
 def test_other_pooling_stays(body: Body) -> None:
     assert POOLED not in pushed(body)[1].rewrites
 
