@@ -435,6 +435,84 @@ def test_cross_attention_reads_packed_keys() -> None:
             torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=1e-5, atol=1e-5)
 
 
+class TwoStreams(Tokens):
+    """A decoder of the source's size, whose states are nobody's padding, and values of another input."""
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, target_ids: torch.Tensor, feats: torch.Tensor
+    ) -> Any:
+        memory = super().forward(input_ids, attention_mask)
+        x = self.embed(target_ids)
+        heads = [
+            f(t).unflatten(-1, (2, 8)).transpose(1, 2) for f, t in ((self.q, x), (self.k, memory), (self.v, memory))
+        ]
+        mixed = F.scaled_dot_product_attention(*heads, self.mask(attention_mask))
+        return x + self.out(mixed.transpose(1, 2).flatten(2)), self.out(feats)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_only_outputs_of_the_padded_texts_are_zeroed(fixed: bool) -> None:
+    model = TwoStreams(same).eval()
+
+    def inputs(kind: str, rows: int, columns: int, seed: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 100, (rows, columns), generator=generator)
+        feats = torch.randn(rows, columns, 16, generator=generator)
+        return {**batch(kind, rows, columns, seed), "target_ids": ids, "feats": feats}
+
+    example = inputs("right", 5, 33, 0)
+    compiled = planish.compile(model, example, dynamic=None if fixed else dict.fromkeys(example, DIMS["input_ids"]))
+    for seed, kind in enumerate(MASKS):
+        given = inputs(kind, 5, 33, seed)
+        with torch.no_grad():
+            for want, got in zip(model(**given), compiled(**given), strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+class TypedMask(Tokens):
+    """Keys are hidden by two inputs: neither marks padding."""
+
+    def forward(self, token_type_ids: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.states(self.embed(input_ids), attention_mask * (token_type_ids == 0))
+
+
+def test_a_mask_of_two_inputs_marks_no_padding() -> None:
+    model, inputs = TypedMask(same).eval(), batch("right", 5, 33)
+    inputs["token_type_ids"] = torch.randint(0, 2, (5, 33))
+    compiled = planish.compile(model, inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs), model(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_a_finite_mask_under_which_a_query_may_see_no_key_is_refused() -> None:
+    model = Tokens(same)
+    model.mask = lambda mask: causal(mask).float().log().clamp(min=-1e30)  # pyright: ignore[reportAttributeAccessIssue]
+    _, step = rewritten(captured(model))
+    assert "not proved" in step.refusals[0].reason
+
+
+class Remembering(Tokens):
+    """Writes its states, padding included, to a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__(same)
+        self.register_buffer("last", torch.zeros(5, 33, 16))
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        before = self.last.clone()
+        self.last.copy_(super().forward(input_ids, attention_mask))
+        return before.sum(1)
+
+
+def test_padding_written_to_a_state_is_kept() -> None:
+    compiled = planish.compile(Remembering().eval(), batch("right", 5, 33))
+    state, model = compiled.new_state(), Remembering().eval()
+    for seed in (1, 2):
+        inputs = batch("right", 5, 33, seed)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs, state=state), model(**inputs), rtol=1e-4, atol=1e-4)
+
+
 @settings(max_examples=15)
 @given(st.sampled_from(MASKS), st.integers(1, 5), st.integers(1, 40), st.booleans(), st.data())
 def test_tokens_are_numbered_as_in_pytorch(

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from planish.errors import UnknownNameError
-from planish.ops import ATTENTION, argument
+from planish.ops import ATTENTION, argument, aten
 from planish.passes.padding.axes import AxisMap
 from planish.passes.padding.contents import reads_padding
 from planish.passes.padding.liveness import Liveness
@@ -61,7 +61,7 @@ class RemovePadding(Pass):
         result = Result()
         for mask in _masks(program):
             self._pack(program, mask, result)
-        remove_dead(program.module)
+            remove_dead(program.module)
         return result
 
     def _pack(self, program: Program, mask: fx.Node, result: Result) -> None:
@@ -75,18 +75,12 @@ class RemovePadding(Pass):
             return refuse(mask, "its rows and positions are one dim, so they cannot be told apart")
         if batch == 1 or tokens == 1:
             return refuse(mask, "it has one row, or one position, whose axis cannot be told from others of size 1")
+        if any(mask in (user.args[1:2]) for user in mask.users if user.target is aten.embedding.default):
+            return refuse(mask, "it is made of token ids, which are no mask of 0 and 1")
         liveness = _analyse(program, mask, exact=self.policy == "exact")
         if liveness is None:
             return refuse(mask, "attention reads it, but it is not proved that it hides padded keys")
-        allowed: set[fx.Node] = set()
-        kept: Counter[fx.Node] = Counter()
-        for node in filter(liveness.axes.is_token, program.nodes()):
-            if liveness.obstacle(node) is not None:
-                continue
-            if node not in liveness.live or liveness.padding(node) is not None:
-                allowed.add(node)
-            else:
-                kept[liveness.live[node]] += 1
+        allowed, kept = _packable(program, liveness)
         for reader, count in kept.items():
             refuse(reader, f"{liveness.complaint(reader)}, so {count} ops before it compute padding too")
         placement = place(liveness, allowed)
@@ -99,15 +93,31 @@ class RemovePadding(Pass):
         result.notes.append(Note.at(self.name, mask, placement.text(len(allowed))))
         for node in placement.packed:
             result.rewrites["attention on tokens" if node.target is ATTENTION else "op on tokens"] += 1
+        packer = Packer(liveness, placement.packed, self.policy == "nearest", result.rewrites)
         outputs = program.module.graph.output_node().args[0]
-        shown = [s.name for s, n in zip(program.outputs, outputs, strict=True) if n in placement.packed]  # pyright: ignore
-        program.padded = {**program.padded, **dict.fromkeys(shown, (mask.name, liveness.keep))}
-        Packer(liveness, placement.packed, self.policy == "nearest", result.rewrites).run()
+        padded = [s.name for s, n in zip(program.outputs, outputs, strict=True) if packer.is_altered(n)]  # pyright: ignore
+        program.padded = {**program.padded, **dict.fromkeys(padded, (mask.name, liveness.keep))}
+        packer.run()
         return None
 
 
+def _packable(program: Program, liveness: Liveness) -> tuple[set[fx.Node], Counter[fx.Node]]:
+    """The ops that may be packed, and for each reader of padding how many ops it keeps padded."""
+    allowed: set[fx.Node] = set()
+    kept: Counter[fx.Node] = Counter()
+    masks = {argument(n, 3, "attn_mask") for n in program.nodes() if n.target is ATTENTION}
+    for node in filter(liveness.axes.is_token, program.nodes()):
+        if liveness.obstacle(node) is not None or node in masks:  # attention reads masks for the padded batch
+            continue
+        if node not in liveness.live or liveness.padding(node) is not None:
+            allowed.add(node)
+        else:
+            kept[liveness.live[node]] += 1
+    return allowed, kept
+
+
 def _masks(program: Program) -> list[fx.Node]:
-    """Inputs [B, S] that attention masks are made of, in order."""
+    """Inputs [B, S] that attention masks are made of, in order; a mask made of several of them marks no padding."""
     found: set[fx.Node] = set()
     for node in program.nodes():
         mask = argument(node, 3, "attn_mask") if node.target is ATTENTION else None
@@ -118,8 +128,9 @@ def _masks(program: Program) -> list[fx.Node]:
             if n not in seen:
                 seen.add(n)
                 pending += [i for i in n.all_input_nodes if isinstance(i.meta["val"], torch.Tensor)]
-        found |= {n for n in seen if n.op == "placeholder"}
-    return [n for n in program.nodes() if n in found and n.meta["val"].dim() == 2]
+        inputs = [n for n in seen if n.op == "placeholder"]
+        found |= {n for n in inputs if len(inputs) == 1 and n.meta["val"].dim() == 2}
+    return [n for n in program.nodes() if n in found]
 
 
 def _analyse(program: Program, mask: fx.Node, *, exact: bool) -> Liveness | None:

@@ -60,6 +60,9 @@ class AxisMap:
     known: dict[fx.Node, Axes | None] = field(default_factory=dict[fx.Node, "Axes | None"])
     told_by_shape: set[fx.Node] = field(default_factory=set[fx.Node])
 
+    streams: dict[fx.Node, fx.Node] = field(default_factory=dict[fx.Node, fx.Node])
+    """Values whose positions are the same ones: towards a common representative."""
+
     @staticmethod
     def of(program: Program, mask: fx.Node) -> AxisMap:
         """The map of a whole graph."""
@@ -67,7 +70,23 @@ class AxisMap:
         for node in program.nodes():
             if isinstance(node.meta.get("val"), torch.Tensor):
                 found.known[node] = found._axes(node)
+        for node in filter(found.is_token, program.nodes()):
+            for operand in filter(found.is_token, found.by_position(node)):
+                found.streams[found.stream(node)] = found.stream(operand)
         return found
+
+    def by_position(self, node: fx.Node) -> list[fx.Node]:
+        """The operands that an op reads position by position: not keys and values, not a table."""
+        if node.op == "output":
+            return []
+        own = {ATTENTION: 0, aten.embedding.default: 1}.get(node.target)
+        return node.all_input_nodes if own is None else [node.args[own]]  # pyright: ignore
+
+    def stream(self, node: fx.Node) -> fx.Node:
+        """What stands for all values over the same positions; a decoder's are not its encoder's, though sizes agree."""
+        while self.streams.get(node, node) is not node:
+            node = self.streams[node]
+        return node
 
     def __getitem__(self, node: fx.Node) -> Axes | None:
         return self.known.get(node)

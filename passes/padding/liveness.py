@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -58,7 +59,8 @@ class Liveness:
     def complaint(self, reader: fx.Node) -> str:
         """What a reader of padding does with it."""
         if reader.op == "output":
-            return "padding='exact' wants the model's own values at padding"
+            wanted = "padding='exact' wants" if self.exact else "the output is not that of the padded texts and needs"
+            return f"{wanted} the model's own values at padding"
         if reader.target is ATTENTION:
             return f"{reader.name} is not proved to hide padded keys"
         return f"{_name(reader)} combines positions and reads padding, which no mask has made a known number"
@@ -72,9 +74,24 @@ class Liveness:
         mask = argument(attention, 3, "attn_mask")
         return isinstance(mask, fx.Node) and hides_padding(self.values, mask, 1 - self.keep)
 
+    @cached_property
+    def padded_streams(self) -> set[fx.Node]:
+        """Streams whose padding the mask marks: those of the keys that it hides."""
+        hidden = [n.args[1] for n in self.axes.program.nodes() if n.target is ATTENTION and self.hides(n)]
+        return {self.axes.stream(key) for key in hidden if self.axes.is_token(key)}  # pyright: ignore
+
+    def is_free(self, output: fx.Node) -> bool:
+        """Whether the model's output may hold anything at padding: [batch, positions, ...] of a stream with padding."""
+        axes, program = self.axes[output], self.axes.program
+        results: Any = program.module.graph.output_node().args[0]
+        if self.exact or axes is None or output in results[len(results) - len(program.state) :]:
+            return False
+        in_front = axes[:2] in {((BATCH,), (p,)) for p in POSITIONS}
+        return in_front and self.axes.stream(output) in self.padded_streams
+
     def _reads_padding(self, node: fx.Node, operand: fx.Node) -> bool:
         if node.op == "output":
-            return self.exact
+            return not self.is_free(operand)
         if self.axes.is_token(node) and self.padding(node) is not None:
             return False
         if node.target is ATTENTION:
@@ -83,11 +100,11 @@ class Liveness:
             return keys or query or operand is argument(node, 3, "attn_mask")
         if self.first_token_axis(node) is not None:
             return False
-        if self.obstacle(node) is None or self._is_pointwise(node):
+        if operand in self.axes.by_position(node) and (self.obstacle(node) is None or self._is_local(node)):
             return node in self.live
         return True
 
-    def _is_pointwise(self, node: fx.Node) -> bool:
+    def _is_local(self, node: fx.Node) -> bool:
         """Whether a value at a position depends on its operands' values there alone, though the op is not packed."""
         pointwise = node.target in ELEMENTWISE | RESHAPING | {aten.embedding.default}
         return pointwise and self.axes.is_token(node) and node not in self.axes.told_by_shape

@@ -7,6 +7,7 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +46,15 @@ class Packer:
     restored: dict[tuple[fx.Node, str], fx.Node] = field(default_factory=dict[tuple[fx.Node, str], fx.Node])
     made: dict[Any, fx.Node] = field(default_factory=dict[Any, fx.Node])
 
+    @cached_property
+    def altered(self) -> set[fx.Node]:
+        """The packed nodes and all that depends on them."""
+        found = set(self.chosen)
+        for node in self.program.nodes():
+            if any(n in found for n in node.all_input_nodes):
+                found.add(node)
+        return found
+
     @property
     def program(self) -> Program:
         """The graph."""
@@ -57,6 +67,8 @@ class Packer:
             with graph.inserting_before(node):
                 if node in self.chosen:
                     self.done[node] = self._packed(node)
+                elif node.op == "output":
+                    self._write(node)
                 elif node.target is not aten.sym_size.int:
                     self._read(node)
             infer_values(self.program)
@@ -75,13 +87,28 @@ class Packer:
                 new = rewrite(node)
                 new.meta["val"] = node.meta["val"]
                 self.liveness.axes.known[new] = self.liveness.axes[node]
+                self.altered.add(new)
                 node.replace_all_uses_with(new)
                 self.rewrites[name] += 1
                 return
         for operand in node.all_input_nodes:
             if operand in self.chosen:
-                others = "none" if node.op != "output" else "nearest" if self.nearest else "zero"
-                node.replace_input_with(operand, self._restore(operand, others))
+                node.replace_input_with(operand, self._restore(operand, "none"))
+
+    def _write(self, output: fx.Node) -> None:
+        """Give the model's outputs their form at padding, also those that are computed padded from restored values."""
+        for operand in output.all_input_nodes:
+            if self.is_altered(operand):
+                if operand not in self.done:
+                    axes = self.liveness.axes[operand]
+                    assert axes is not None
+                    self.done[operand] = self._gather(operand, axes, axes)
+                output.replace_input_with(operand, self._restore(operand, "nearest" if self.nearest else "zero"))
+
+    def is_altered(self, output: fx.Node) -> bool:
+        """Whether an output's values at padding are not the model's."""
+        free = self.liveness.axes.is_token(output) and self.liveness.is_free(output)
+        return free and output in self.altered and self.liveness.padding(output) is None
 
     # the tokens -----------------------------------------------------------------------------------------------------
 
@@ -252,7 +279,8 @@ class Packer:
         if others != "nearest":
             for _ in _plain(axes):
                 slots = self._call(aten.unsqueeze.default, slots, -1)
-            known = self.liveness.padding(node) or 0.0
+            known = self.liveness.padding(node)
+            known = known if known is not None else torch.zeros((), dtype=node.meta["val"].dtype).item()
             x = self._call(aten.where.ScalarOther, self._call(aten.ge.Scalar, slots, 0), x, known)
         return self._laid_out(x, (BATCH, TOKENS), axes)
 

@@ -177,4 +177,8 @@ def hides_padding(values: MaskValues, mask: fx.Node, padding: int) -> bool:
     hidden = 0.0 if mask.meta["val"].dtype is torch.bool else HIDDEN
     axes = values.axes[mask]
     ends_in_keys = axes is not None and axes[-1] == (TOKENS,)
-    return ends_in_keys and highest(padding) <= hidden < highest(1 - padding)
+    if not ends_in_keys or not highest(padding) <= hidden < highest(1 - padding):
+        return False
+    # where a query sees no key at all, numbers weigh padding like the other keys, and -inf or False weigh none
+    infinite = mask.meta["val"].dtype is torch.bool or highest(padding) == float("-inf")
+    return infinite or values.at(mask, 1 - padding, -1)[0] > HIDDEN
