@@ -10,7 +10,7 @@ import networkx as nx
 import torch
 from torch import fx
 
-from planish.ops import ATTENTION, LINEAR, VIEWS
+from planish.ops import ATTENTION, LINEAR, VIEWS, argument
 from planish.passes.padding.liveness import Liveness
 from planish.program import Program, evaluate
 
@@ -62,7 +62,8 @@ def place(liveness: Liveness, allowed: Iterable[fx.Node]) -> Placement:
     for node in filter(liveness.axes.is_token, program.nodes()):
         size = 2 * _bytes(program, node)
         for user in node.users:
-            if liveness.reads_packed(user):
+            as_mask = user.target is ATTENTION and node is argument(user, 3, "attn_mask")
+            if as_mask or liveness.reads_packed(user):  # read as it is
                 continue
             reader = user if user in allowed else "padded"
             if node in allowed:
