@@ -1,4 +1,4 @@
-"""The ``planish`` command. Only typer is imported at the top: ``planish --help`` must answer at once."""
+"""The ``planish`` command. No torch is imported at the top: ``planish --help`` must answer at once."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from planish.bench import cli as bench
 from planish.errors import PlanishError, ToolchainError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bench.app, name="bench")
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="a planish.models name, or package.module:factory")]
 TargetName = Annotated[str, typer.Option("--target", help="see `planish targets`")]
@@ -89,23 +92,6 @@ def load_model(name: str) -> tuple[Any, Any, Any]:
         sys.path.remove("")
     module, inputs = factory()
     return module, inputs, None
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(
-    context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="encoder, padding, cnn, families or families-real")],
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
-    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
-) -> None:
-    """Measure eager, inductor and compiled, interleaved; the same as `python -m planish.bench`."""
-    import runpy
-
-    options = [name, *context.args]
-    options += ["--json", str(json)] if json is not None else []
-    options += ["--threads", str(threads)] if threads is not None else []
-    sys.argv = ["planish bench", *options]
-    runpy.run_module("planish.bench", run_name="__main__", alter_sys=True)
 
 
 @app.command()

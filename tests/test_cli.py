@@ -134,14 +134,3 @@ def test_doctor_names_versions_threads_and_route(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for text in ("torch threads", "thread launcher", "apache-tvm-ffi", "cc"):
         assert text in done.stdout
-
-
-def test_bench_passes_its_options_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    import runpy
-
-    seen: list[list[str]] = []
-    monkeypatch.setattr(runpy, "run_module", lambda *_, **__: seen.append(sys.argv[1:]))
-    monkeypatch.setattr(sys, "argv", ["planish"])
-    result = CliRunner().invoke(app, ["bench", "encoder", "--json", "f.json", "--threads", "2", "--rounds", "9"])
-    assert result.exit_code == 0, result.output
-    assert seen == [["encoder", "--rounds", "9", "--json", "f.json", "--threads", "2"]]
