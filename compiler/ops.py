@@ -26,9 +26,6 @@ LOG_SOFTMAX = frozenset({aten.log_softmax.int, aten._log_softmax.default, planis
 STATISTICS = planish_ops.softmax_statistics.default
 """What a softmax needs to know of a row; its values at single places follow from that."""
 
-SPLIT_ROWS = 16
-"""Fewer rows than this, if they are long, go through a softmax one after the other, each shared by all threads."""
-
 ROWS = SOFTMAX | LOG_SOFTMAX | {LAYER_NORM}
 """Map each row (last axis) to a row of the same length."""
 

@@ -45,6 +45,11 @@ class Target:
         """fp32 values in one vector register."""
         return self.vector_bytes // 4
 
+    @property
+    def shared_rows(self) -> int:
+        """Fewest rows that the cores share out evenly enough: where there are fewer, long rows are cut."""
+        return 2 * self.cores
+
     @staticmethod
     def parse(spelling: str | Target) -> Target:
         """The target that a string names; ``"cpu"`` becomes the best level this machine runs.

@@ -18,7 +18,6 @@ from planish.ops import (
     MATMUL,
     SCHEDULED,
     SOFTMAX,
-    SPLIT_ROWS,
     VIEWS,
     aten,
     planish_ops,
@@ -184,7 +183,7 @@ def choose(program: Program, target: Target, kind: str, x: fx.Node, *, stream: b
         stream: whether nothing reads the result soon, so that it may go past the caches.
     """
     *lead, size = program.shape(x)
-    sharing = target.cores if program.upper_bound(sympy.prod(lead)) >= SPLIT_ROWS else 1
+    sharing = target.cores if program.upper_bound(sympy.prod(lead)) >= target.shared_rows else 1
     fits = target.llc_bytes // max(sharing, 1) // 16
     shortest, longest = _lower_bound(program, size), program.upper_bound(size)
     costs = {(passes, cached): _modelled(target, kind, passes, cached) for passes in (3, 2) for cached in (True, False)}

@@ -23,9 +23,9 @@ from planish.backends.tvm.builder import Expr, as_int, f32, for_vectors, i32, ke
 from planish.backends.tvm.index import cast, unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.rowwise import row_count, row_kernel, store
-from planish.backends.tvm.sweep import Stretch
+from planish.backends.tvm.sweep import Soon, Stretch
 from planish.backends.tvm.vmath import exp_nonpositive
-from planish.ops import LOG_SOFTMAX, SOFTMAX, SPLIT_ROWS, STATISTICS
+from planish.ops import LOG_SOFTMAX, SOFTMAX, STATISTICS
 from planish.program import Program
 from planish.targets import Target
 
@@ -58,8 +58,8 @@ class Schedule:
 
 
 def chunk_size(target: Target) -> int:
-    """Elements of a chunk: a power of two; it and its result fill at most half of the second-level cache."""
-    return 1 << ((target.l2_bytes // 16).bit_length() - 1)
+    """Elements of a chunk: a power of two; it, its result and the next ones' fill half of the second-level cache."""
+    return 1 << ((target.l2_bytes // 32).bit_length() - 1)
 
 
 def lower_softmax(module: Module, program: Program, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
@@ -150,8 +150,7 @@ class _Rows:
             with T.serial(0, count) as r:
                 row = T.bind(first + r)
                 stretch, top = self._row(row), keep(found[0])
-                soon = self.out if self.anchor.target in LOG_SOFTMAX and not self.stored else None
-                total = sweep.exponentials(stretch, top, self._kept, soon)
+                total = sweep.exponentials(stretch, top, self._kept, self._soon(self.size))
                 with T.If(r + 1 < count), T.Then():
                     T.buffer_store(found, self._top(row + 1, self._row(T.bind(row + 1))), [0])
                 if self.anchor.target is STATISTICS:
@@ -159,6 +158,17 @@ class _Rows:
                     self._store_statistics(row, top, tirx.Select(nothing, f32(float("nan")), total))
                 else:
                     self._finish(row, stretch, top, total, keep(f32(1.0) / total))
+
+    def _soon(self, size: Expr) -> list[Soon]:
+        """What the passes after the exponentials of ``size`` elements read and write: the next elements of x and of the
+        exponentials; a logarithm's own place.
+        """
+        if self.stored:
+            return []
+        read = Soon(self.k.ev.sources[self.anchor.args[0]].buffer, size, write=False)  # pyright: ignore
+        if self.anchor.target in SOFTMAX:
+            return [read, Soon(self.out, size, write=True)]
+        return [read, Soon(self.out, i32(0), write=True)] if self.anchor.target in LOG_SOFTMAX else [read]
 
     def by_length(self, schedule: Schedule) -> None:
         """Rows of several chunks, by the schedule; those up to its limit in three passes."""
@@ -196,7 +206,7 @@ class _Rows:
                     with T.parallel(0, chunks) as c:
                         self._last(row, c, chunks)
 
-        _branch(rows >= SPLIT_ROWS, together, in_turn)
+        _branch(rows >= self.k.module.target.shared_rows, together, in_turn)
 
     def _first(self, row: Expr, c: Expr, chunks: Expr) -> None:
         """Maximum and sum of a chunk."""
@@ -280,7 +290,7 @@ class _Rows:
             self._compute(row, stretch)
             return sweep.extended(stretch)
         top = self._top(row, stretch)
-        return top, sweep.exponentials(stretch, top, self._kept)
+        return top, sweep.exponentials(stretch, top, self._kept, self._soon(self.chunk))
 
     def _store_statistics(self, row: Expr, top: Expr, total: Expr) -> None:
         T.buffer_store(self.out, top, [row * 2])

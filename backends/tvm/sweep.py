@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm import vmath
 from planish.backends.tvm.builder import Expr, as_int, f32, horizontal, i32, keep, lanes_at, splat
-from planish.backends.tvm.microkernel import prefetch
+from planish.backends.tvm.microkernel import CACHE_LINE, prefetch
 
 WAYS = 4
 """Vectors side by side, each with accumulators of its own: as many as hide the latency of an addition."""
@@ -42,6 +42,12 @@ class Stretch:
     start: Expr
     size: Expr
     ways: int = WAYS
+
+    def in_registers(self, ways: int) -> Stretch:
+        """The same stretch, at most ``ways`` side by side where the constants of an exponential leave few of 16
+        registers.
+        """
+        return self if self.lanes == vmath.SCALEF_LANES else replace(self, ways=ways)
 
     def over(self, source: Any) -> Stretch:
         """The same stretch of another buffer."""
@@ -110,6 +116,15 @@ class Stretch:
             body(first, T.bind(T.min(self.size - first, BLOCK)))
 
 
+@dataclass(frozen=True)
+class Soon:
+    """What another pass uses next: the elements of ``buffer`` that lie ``ahead`` of a stretch's own."""
+
+    buffer: Any
+    ahead: Expr
+    write: bool
+
+
 def _fold(stretch: Stretch, registers: list[Any], combine: Callable[[Expr, Expr], Expr]) -> Expr:
     """All lanes of all registers combined, in a fixed order."""
     whole = stretch.whole
@@ -133,12 +148,13 @@ def largest(stretch: Stretch) -> Expr:
     return _fold(stretch, registers, T.max)
 
 
-def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Any = None) -> Expr:
+def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Sequence[Soon] = ()) -> Expr:
     """Sum of exp(x - top); the exponentials are stored ``into`` a buffer if there is one.
 
-    The same places of the buffer ``soon``, which the next pass writes, are fetched into the cache meanwhile: that pass
-    computes too little to hide it. In a stretch of nothing but -inf, which may be part of a longer row, all are 0.
+    What ``soon`` names is fetched into the cache meanwhile: the passes that use it compute too little to hide that. In
+    a stretch of nothing but -inf, which may be part of a longer row, all are 0.
     """
+    stretch = stretch.in_registers(2)
     whole, finite = stretch.whole, splat(_reference(top), stretch.lanes)
     total, part = stretch.registers(0.0), stretch.registers(0.0)
 
@@ -150,8 +166,10 @@ def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Any = None
             value = vmath.exp_difference(stretch.load(at, mask, float("-inf")) - finite)
             if into is not None:
                 stretch.store(into, at, mask, value)
-            if soon is not None:
-                prefetch(T.address_of(soon[stretch.base + at]), level=2, write=True)
+            if way % (CACHE_LINE // (4 * stretch.lanes)) == 0:
+                for place in soon:
+                    address = T.address_of(place.buffer[stretch.base + place.ahead + at])
+                    prefetch(address, level=1, write=place.write)
             T.buffer_store(part[way], part[way][whole] + value, [whole])
 
         stretch.each(first, size, body)
@@ -173,8 +191,7 @@ def extended(stretch: Stretch) -> tuple[Expr, Expr]:
     m 2^n + m' 2^n' is taken at the larger exponent; what is scaled is scaled by a power of two, which is exact. Where
     the maximum is outside the range of ``vmath.extended_exp`` the sum is computed again, by a second pass.
     """
-    # three accumulators for each way: four ways would not fit 16 registers
-    stretch = replace(stretch, ways=WAYS if stretch.lanes == vmath.SCALEF_LANES else WAYS // 2)
+    stretch = stretch.in_registers(2)
     whole = stretch.whole
     high, total = stretch.registers(float("-inf")), _Sums(stretch)
 

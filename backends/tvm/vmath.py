@@ -95,19 +95,28 @@ def exp_difference(x: Expr) -> Expr:
     """e^x for the x <= 0 (or -inf, or NaN) that a row's largest value leaves: relative error 1.5e-6 at most.
 
     The cheapest reduction: x log2(e) = n + f with one fused multiply-add, whose only error is that of the constant
-    (1.3e-8 |x|), and a polynomial for 2^f. With 16 lanes ``vscalefps`` multiplies by 2^n, down to denormal numbers;
-    else 0 below -87.3.
+    (1.3e-8 |x|), and a polynomial for 2^f. With 16 lanes ``vscalefps`` multiplies by 2^n, down to denormal numbers.
+    With fewer a fused multiply-add to a float whose unit is 1 rounds, and leaves the exponent n + 127 in the low
+    bits: 0 below -87.7.
     """
     lanes = lanes_of(x)
-    x = keep(x)
-    wide = lanes == SCALEF_LANES
-    inside = keep(T.max(splat(-120.0, lanes), x)) if wide else x
-    n = keep(T.nearbyint(inside * splat(_LOG2E, lanes)))
-    f = fused_multiply_add(inside, splat(_LOG2E, lanes), -n)
-    p = _horner(f, [*_EXP2, 1.0])
-    if wide:
-        return times_power(p, n)
-    return keep(tirx.Select(x < splat(_EXP_LOWEST, lanes), splat(0.0, lanes), _scale_by_power(p, n)))
+    if lanes == SCALEF_LANES:
+        x = keep(T.max(splat(-120.0, lanes), x))
+        n = keep(T.nearbyint(x * splat(_LOG2E, lanes)))
+        return times_power(_horner(fused_multiply_add(x, splat(_LOG2E, lanes), -n), [*_EXP2, 1.0]), n)
+    x = keep(T.max(splat(_TWO_TO_0, lanes), x))
+    kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
+    biased = fused_multiply_add(x, splat(_LOG2E, lanes), splat(_UNIT, lanes))
+    f = fused_multiply_add(x, splat(_LOG2E, lanes), splat(_UNIT, lanes) - biased)
+    power = T.shift_left(T.reinterpret(ints, biased), splat(23, lanes, "int32"))
+    return keep(_horner(f, [*_EXP2, 1.0]) * T.reinterpret(kind, power))
+
+
+_UNIT = float(3 << 22) + 127.0
+"""Added to a small number, leaves the nearest whole number, plus 127, in the low bits of the sum."""
+
+_TWO_TO_0 = -88.1
+"""x whose n is -127, which as an exponent field is that of 0."""
 
 
 def extended_exp(x: Expr) -> tuple[Expr, Expr]:
@@ -141,7 +150,7 @@ def times_power(x: Expr, n: Expr) -> Expr:
         )
     # n + 127 in the low bits of a float whose unit is 1, moved to the exponent: 0 for n = -127
     kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
-    biased = keep(T.max(splat(-127.0, lanes), n) + splat(float(3 << 22) + 127.0, lanes))
+    biased = keep(T.max(splat(-127.0, lanes), n) + splat(_UNIT, lanes))
     bits = T.shift_left(T.reinterpret(ints, biased), splat(23, lanes, "int32"))
     return keep(x * T.reinterpret(kind, bits))
 
