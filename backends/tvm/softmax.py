@@ -38,8 +38,8 @@ class Schedule:
     """How the rows of a softmax are computed.
 
     Attributes:
-        two_pass: maximum and sum in one pass with extended exponents, then e^x again for the result; else the maximum,
-            then the exponentials, which are stored, and their sum, then the scaling.
+        two_pass: of two passes over memory the first takes maximum and sum of each chunk, the second computes the
+            exponentials again; else those of a softmax are stored by the first and scaled by the second.
         stream: the result goes to memory past the caches.
         limit: rows of up to so many elements take three passes in any case.
     """
@@ -166,6 +166,8 @@ class _Rows:
         if self.stored:
             return []
         read = Soon(self.k.ev.sources[self.anchor.args[0]].buffer, size, write=False)  # pyright: ignore
+        if self.schedule.two_pass:
+            return [read]
         if self.anchor.target in SOFTMAX:
             return [read, Soon(self.out, size, write=True)]
         return [read, Soon(self.out, i32(0), write=True)] if self.anchor.target in LOG_SOFTMAX else [read]
@@ -286,11 +288,9 @@ class _Rows:
 
     def _statistics(self, row: Expr, stretch: Stretch) -> tuple[Expr, Expr]:
         """Maximum and sum of exp(x - maximum) of a stretch; a softmax in three passes keeps the exponentials."""
-        if self.schedule.two_pass:
-            self._compute(row, stretch)
-            return sweep.extended(stretch)
         top = self._top(row, stretch)
-        return top, sweep.exponentials(stretch, top, self._kept, self._soon(self.chunk))
+        kept = None if self.schedule.two_pass else self._kept
+        return top, sweep.exponentials(stretch, top, kept, self._soon(self.chunk))
 
     def _store_statistics(self, row: Expr, top: Expr, total: Expr) -> None:
         T.buffer_store(self.out, top, [row * 2])

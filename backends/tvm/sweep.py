@@ -43,12 +43,6 @@ class Stretch:
     size: Expr
     ways: int = WAYS
 
-    def in_registers(self, ways: int) -> Stretch:
-        """The same stretch, at most ``ways`` side by side where the constants of an exponential leave few of 16
-        registers.
-        """
-        return self if self.lanes == vmath.SCALEF_LANES else replace(self, ways=ways)
-
     def over(self, source: Any) -> Stretch:
         """The same stretch of another buffer."""
         return replace(self, source=source)
@@ -154,7 +148,8 @@ def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Sequence[S
     What ``soon`` names is fetched into the cache meanwhile: the passes that use it compute too little to hide that. In
     a stretch of nothing but -inf, which may be part of a longer row, all are 0.
     """
-    stretch = stretch.in_registers(2)
+    if stretch.lanes != vmath.SCALEF_LANES:  # the constants leave few of 16 registers
+        stretch = replace(stretch, ways=WAYS // 2)
     whole, finite = stretch.whole, splat(_reference(top), stretch.lanes)
     total, part = stretch.registers(0.0), stretch.registers(0.0)
 
@@ -183,69 +178,6 @@ def exponentials(stretch: Stretch, top: Expr, into: Any = None, soon: Sequence[S
 def _reference(top: Expr) -> Expr:
     """What is subtracted from the elements of a stretch: its maximum, but 0 instead of -inf."""
     return keep(tirx.Select(tirx.EQ(top, f32(float("-inf"))), f32(0.0), top))
-
-
-def extended(stretch: Stretch) -> tuple[Expr, Expr]:
-    """Maximum, and sum of exp(x - maximum), in one pass: sums of m 2^n as in arXiv 2001.04438.
-
-    m 2^n + m' 2^n' is taken at the larger exponent; what is scaled is scaled by a power of two, which is exact. Where
-    the maximum is outside the range of ``vmath.extended_exp`` the sum is computed again, by a second pass.
-    """
-    stretch = stretch.in_registers(2)
-    whole = stretch.whole
-    high, total = stretch.registers(float("-inf")), _Sums(stretch)
-
-    def block(first: Expr, size: Expr) -> None:
-        part = _Sums(stretch)
-
-        def body(way: int, at: Expr, mask: Expr | None) -> None:
-            value = stretch.load(at, mask, float("-inf"))
-            T.buffer_store(high[way], T.max(value, high[way][whole]), [whole])
-            part.add(way, *vmath.extended_exp(value))
-
-        stretch.each(first, size, body)
-        for way in range(stretch.ways):
-            total.add(way, part.m[way][whole], part.n[way][whole])
-
-    stretch.blocks(block)
-    top = _fold(stretch, high, T.max)
-    m, n = vmath.extended_exp(top)
-    result = T.alloc_buffer((1,), "float32")
-    # n is whole and grows with x: the largest of the sums' is that of the maximum
-    T.buffer_store(result, total.at(n) / m, [0])
-    inside = tirx.And(top < f32(vmath.EXTENDED), top > f32(-vmath.EXTENDED))
-    with T.If(tirx.Not(inside)), T.Then():
-        T.buffer_store(result, exponentials(stretch, top), [0])
-    return top, keep(result[0])
-
-
-_NOTHING = -1e9
-"""Exponent of a sum of nothing: below that of any number, but not -inf, with which vscalefps makes a 0 of a NaN."""
-
-
-class _Sums:
-    """Sums m 2^n in registers, one for each way."""
-
-    def __init__(self, stretch: Stretch) -> None:
-        self.stretch = stretch
-        self.m, self.n = stretch.registers(0.0), stretch.registers(_NOTHING)
-
-    def add(self, way: int, m: Expr, n: Expr) -> None:
-        """Add m 2^n to a way's sum."""
-        whole = self.stretch.whole
-        own_m, own_n = T.bind(self.m[way][whole]), T.bind(self.n[way][whole])
-        n = keep(n)
-        larger = keep(T.max(n, own_n))
-        scaled = vmath.times_power(own_m, keep(own_n - larger)) + vmath.times_power(m, keep(n - larger))
-        T.buffer_store(self.m[way], scaled, [whole])
-        T.buffer_store(self.n[way], larger, [whole])
-
-    def at(self, exponent: Expr) -> Expr:
-        """The sum of all ways and lanes, divided by 2^exponent."""
-        whole, lanes = self.stretch.whole, self.stretch.lanes
-        for m, n in zip(self.m, self.n, strict=True):
-            T.buffer_store(m, vmath.times_power(m[whole], keep(n[whole] - splat(exponent, lanes))), [whole])
-        return _fold(self.stretch, self.m, lambda a, b: a + b)
 
 
 def times(scale: Expr) -> Value:

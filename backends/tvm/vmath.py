@@ -119,40 +119,14 @@ _TWO_TO_0 = -88.1
 """x whose n is -127, which as an exponent field is that of 0."""
 
 
-def extended_exp(x: Expr) -> tuple[Expr, Expr]:
-    """(m, n) with e^x = m 2^n and m in [0.7, 1.5], for |x| <= ``EXTENDED``: no overflow, whatever x is.
-
-    The representation of Dukhan and Ablavatski (arXiv 2001.04438). Below -``EXTENDED`` it is that limit's; a NaN gives
-    a NaN in m.
-    """
-    lanes = lanes_of(x)
-    clamped = keep(T.max(splat(-EXTENDED, lanes), x))
-    n = keep(T.nearbyint(clamped * splat(_LOG2E, lanes)))
-    t = keep(clamped - n * splat(_LN2_HIGH, lanes) - n * splat(_LN2_LOW, lanes))
-    return _horner(t, [*_EXP, 1.0]), n
-
-
-EXTENDED = 4e6
-"""Where ``extended_exp`` ends: beyond, the whole number n no longer leaves a remainder that fp32 can hold."""
-
-
 SCALEF_LANES = 16
 """Vectors of AVX-512, which multiplies by powers of two in one instruction."""
 
 
 def times_power(x: Expr, n: Expr) -> Expr:
-    """x 2^n for whole n <= 0, -inf included: exact, but 0 below 2^-126 without AVX-512."""
-    lanes = lanes_of(x)
-    if lanes == SCALEF_LANES:
-        every, rounding = tirx.const(0xFFFF, "uint16"), tirx.const(4, "int32")
-        return keep(
-            T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", x, n, x, every, rounding)
-        )
-    # n + 127 in the low bits of a float whose unit is 1, moved to the exponent: 0 for n = -127
-    kind, ints = ("float32", "int32") if lanes == 1 else (f"float32x{lanes}", f"int32x{lanes}")
-    biased = keep(T.max(splat(-127.0, lanes), n) + splat(_UNIT, lanes))
-    bits = T.shift_left(T.reinterpret(ints, biased), splat(23, lanes, "int32"))
-    return keep(x * T.reinterpret(kind, bits))
+    """x 2^n for vectors of ``SCALEF_LANES`` and whole n <= 0: exact."""
+    every, rounding = tirx.const(0xFFFF, "uint16"), tirx.const(4, "int32")
+    return keep(T.call_llvm_pure_intrin("float32x16", "llvm.x86.avx512.mask.scalef.ps.512", x, n, x, every, rounding))
 
 
 def fused_multiply_add(a: Expr, b: Expr, c: Expr) -> Expr:
