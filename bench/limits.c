@@ -11,6 +11,7 @@
 #define _GNU_SOURCE
 #include <immintrin.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -99,8 +100,23 @@ static void finish_round(double flop_or_bytes, double deadline) {
     stop = now() > deadline;
 }
 
+/* A core each: woken from a barrier together, threads may else stay on one core for seconds. */
+static void pin(int index) {
+    cpu_set_t allowed, own;
+    if (sched_getaffinity(0, sizeof allowed, &allowed)) return;
+    index %= CPU_COUNT(&allowed);
+    for (int cpu = 0; cpu < CPU_SETSIZE; cpu++) {
+        if (!CPU_ISSET(cpu, &allowed) || index--) continue;
+        CPU_ZERO(&own);
+        CPU_SET(cpu, &own);
+        sched_setaffinity(0, sizeof own, &own);
+        return;
+    }
+}
+
 static void *work(void *arg) {
     struct worker *self = arg;
+    pin(self - workers);
     /* Written by the thread that reads it: the pages then lie near its core, and none is the shared zero page. */
     if (kind == READ) memset(self->data, 1, chunk_bytes);
     double per_thread = kind == READ ? (double)chunk_bytes : FMA_STEPS * (kind == FMA_AVX512 ? 24.0 * 32 : 12.0 * 16);
