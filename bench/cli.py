@@ -88,6 +88,14 @@ def softmax(
     _measure("planish.bench.softmax", json, threads, rounds, only=_names(only))
 
 
+def _width() -> int | None:
+    """Columns of the tables: those of the terminal, and as many as they need in a file."""
+    return None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH
+
+
+FILE_WIDTH = 160
+
+
 def _names(only: str | None) -> tuple[str, ...]:
     """The names of an ``--only`` option; none without one."""
     return tuple(name.strip() for name in only.split(",")) if only is not None else ()
@@ -108,7 +116,7 @@ def _measure(module: str, json: Path | None, threads: int | None, rounds: int, *
     result = bench.run(options, planish.compile, lambda phase: progress.print(f"- {phase}", markup=False))
     if json is not None:
         result.write(json)
-    show(result.to_dict(), Console())
+    show(result.to_dict(), Console(width=_width()))
     if json is not None:
         typer.echo(f"written: {json}")
 
@@ -135,6 +143,6 @@ def families(
     result = run(names, done)
     if json is not None:
         result.write(json)
-    show_families(result.to_dict(), Console())
+    show_families(result.to_dict(), Console(width=_width()))
     if json is not None:
         typer.echo(f"written: {json}")
