@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import statistics
 import time
 from collections.abc import Sequence
@@ -226,15 +227,30 @@ def _ready(tensor: torch.Tensor) -> torch.Tensor:
     return copy.copy_(tensor)
 
 
+_FUNCTION = re.compile(r"\s*\.type\s+(\S+),@function")
+_LOCAL = re.compile(r"\.L__tvm\w+(?:\.\d+)?")
+_DEBUG = re.compile(r"\s*\.(loc|cfi_\w+|Ltmp\d+:|Lfunc_\w+:)")
+
+
 def split_assembly(text: str) -> dict[str, str]:
-    """Assembly by function: from each function's label to its ``.size``."""
+    """Assembly by function, without debug lines; the bodies of its parallel loops, functions of their own, follow it."""
     functions: dict[str, list[str]] = {}
-    current: list[str] | None = None
+    name, inside = "", False
     for line in text.splitlines():
-        if line.endswith(":") and not line.startswith((".", "\t", " ")):
-            current = functions.setdefault(line[:-1], [])
-        if current is not None:
-            current.append(line)
+        if found := _FUNCTION.match(line):
+            name = found[1]
+        inside = inside or (bool(name) and line.startswith(f"{name}:"))
+        if inside and not _DEBUG.match(line):
+            functions.setdefault(name, []).append(line)
         if line.strip().startswith(".size"):
-            current = None
-    return {name: "\n".join(lines) + "\n" for name, lines in functions.items()}
+            name, inside = "", False
+    return {n: "\n".join(_with_bodies(n, functions)) + "\n" for n in functions if not n.startswith(".")}
+
+
+def _with_bodies(name: str, functions: dict[str, list[str]]) -> list[str]:
+    """A function's lines, and those of the local functions that it, or one of them, names."""
+    names = [name]
+    for each in names:
+        used = [n for line in functions[each] for n in _LOCAL.findall(line) if n in functions]
+        names += [n for n in dict.fromkeys(used) if n not in names]
+    return [line for each in names for line in functions[each]]
