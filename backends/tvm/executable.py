@@ -233,7 +233,7 @@ _DEBUG = re.compile(r"\s*\.(loc|cfi_\w+|Ltmp\d+:|Lfunc_\w+:)")
 
 
 def split_assembly(text: str) -> dict[str, str]:
-    """Assembly by function, without debug lines; the bodies of its parallel loops, functions of their own, follow it."""
+    """Assembly by function, without debug lines; the bodies of its parallel loops, themselves functions, follow it."""
     functions: dict[str, list[str]] = {}
     name, inside = "", False
     for line in text.splitlines():
