@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native import NATIVE
 from torch import Tensor, nn
 
 import planish
@@ -171,7 +172,7 @@ def test_infinities_become_booleans(spelling: Callable[[float], Spelling], value
 
 
 @pytest.mark.parametrize("name", ["biased", "merged", "filled with the lowest", "chosen with the lowest"])
-@pytest.mark.parametrize("target", ["cpu-avx2", "cpu-avx512"])
+@pytest.mark.parametrize("target", NATIVE)
 def test_a_text_of_padding_only_is_weighed_as_before(name: str, target: str) -> None:
     """All its scores are the lowest number, so that its weights are equal."""
     model, (x, keys) = Spelled(SPELLINGS[name]).eval(), example()
@@ -183,7 +184,7 @@ def test_a_text_of_padding_only_is_weighed_as_before(name: str, target: str) -> 
 
 
 @pytest.mark.parametrize("name", ["filled with -inf", "chosen with -inf", "bias and -inf"])
-@pytest.mark.parametrize("target", ["cpu-avx2", "cpu-avx512"])
+@pytest.mark.parametrize("target", NATIVE)
 def test_a_text_without_a_score_has_no_weights(name: str, target: str) -> None:
     """It was NaN; all other texts keep their values."""
     model, (x, keys) = Spelled(SPELLINGS[name]).eval(), example()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import NATIVE
 from padded import DYNAMIC, ENCODERS, MASKS, batch, encoder, mask_of, states
 from torch import nn
 from torch.nn import functional as F
@@ -24,7 +25,7 @@ from planish.passes.padding.contents import reads_padding
 from planish.pipeline import Step, run_pipeline
 from planish.printer import program_text
 from planish.program import Dim, Program
-from planish.targets import TARGETS, host_isa_levels
+from planish.targets import TARGETS
 
 GOLDEN = Path(__file__).with_name("golden")
 TARGET = TARGETS["cpu-avx2"]
@@ -142,7 +143,7 @@ def test_encoders_are_packed_and_equal_at_tokens(name: str) -> None:
             assert not padding.any()
 
 
-@pytest.mark.parametrize("target", [t for t in ("cpu-avx2", "cpu-avx512") if TARGETS[t].isa in host_isa_levels()])
+@pytest.mark.parametrize("target", NATIVE)
 @pytest.mark.parametrize(
     "head", [same, masked_mean, first_token, masked_max, masked_convolution, running_norm], ids=lambda h: h.__name__
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from native import NATIVE
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,7 +102,7 @@ def test_one_row_of_a_layer(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ONE_ROW)
-@pytest.mark.parametrize("target", ["cpu-avx2", "cpu-avx512"])
+@pytest.mark.parametrize("target", NATIVE)
 def test_one_row_in_native_code(name: str, target: str) -> None:
     model = Layer(ONE_ROW[name]).eval()
     compiled = planish.compile(model, (example(),), target, dynamic=AXES)

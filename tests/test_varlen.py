@@ -6,12 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from native import NATIVE
 from torch import nn
 
 import planish
-from planish.targets import TARGETS, host_isa_levels
-
-HOST = [t for t in ("cpu-avx2", "cpu-avx512") if TARGETS[t].isa in host_isa_levels()]
 
 
 class Varlen(nn.Module):
@@ -48,19 +46,19 @@ def assert_as_defined(given: tuple[torch.Tensor, ...], target: str, *, is_causal
     torch.testing.assert_close(got, model(*wide).float(), rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("target", HOST)
+@pytest.mark.parametrize("target", NATIVE)
 @pytest.mark.parametrize(("depth", "width"), [(8, 8), (32, 32), (64, 64), (17, 40), (80, 16)])
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_rows_of_all_lengths(depth: int, width: int, is_causal: bool, target: str) -> None:
     assert_as_defined(operands([1, 70, 0, 13, 32, 255], 3, depth, width), target, is_causal=is_causal)
 
 
-@pytest.mark.parametrize("target", HOST)
+@pytest.mark.parametrize("target", NATIVE)
 def test_queries_of_their_own(target: str) -> None:
     assert_as_defined(operands([1, 5, 40], 2, 16, 16, keys=[33, 1, 100]), target)
 
 
-@pytest.mark.parametrize("target", HOST)
+@pytest.mark.parametrize("target", NATIVE)
 def test_rows_longer_than_a_block_of_keys(target: str) -> None:
     given = operands([5000, 3, 2100], 1, 64, 64)
     given[1].mul_(3.0)  # the greatest score is raised from block to block
@@ -100,7 +98,7 @@ def test_dense_attention_over_more_keys_than_a_block() -> None:
     torch.testing.assert_close(got, want.float(), rtol=1e-5, atol=5e-6)
 
 
-@pytest.mark.parametrize("target", HOST)
+@pytest.mark.parametrize("target", NATIVE)
 @pytest.mark.parametrize("width", [(1,), (64,), (3, 67)])
 def test_segment_sums(width: tuple[int, ...], target: str) -> None:
     class Sums(nn.Module):
