@@ -8,12 +8,14 @@ import torch
 from torch import fx
 
 import planish.custom_ops
-import planish.packing_ops  # noqa: F401  (both register torch.ops.planish)
+import planish.packing_ops
+import planish.quantized_ops  # noqa: F401  (all three register torch.ops.planish)
 
 aten = torch.ops.aten
 planish_ops = torch.ops.planish
 
 LINEAR = aten.linear.default
+QUANTIZED_LINEAR = planish_ops.quantized_linear.default
 ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default

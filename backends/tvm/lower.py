@@ -20,6 +20,7 @@ from planish.backends.tvm.inplace import Write, find_write, lower_write
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
+from planish.backends.tvm.quantized import lower_quantized, quantized_reason
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
@@ -40,6 +41,7 @@ from planish.ops import (
     LOG_SOFTMAX,
     MATMUL,
     PACKING,
+    QUANTIZED_LINEAR,
     RECURRENCES,
     REDUCTIONS,
     ROWS,
@@ -60,6 +62,10 @@ from planish.targets import Target
 
 ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
 """Views of a contiguous tensor that keep the order of its elements: another shape of the same buffer."""
+
+
+MATRIX_OPS = (LINEAR, QUANTIZED_LINEAR, ATTENTION, VARLEN, MATMUL, GROUPED)
+"""Ops whose first operand (in attention three) must be a matrix in memory."""
 
 
 def unsupported(program: Program, target: Target) -> list[Unsupported]:
@@ -107,7 +113,12 @@ def _op_reason(node: fx.Node) -> str | None:
     target: Any = node.target
     if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
         return None
-    checks = {LINEAR: _linear_reason, ATTENTION: _attention_reason, aten.index.Tensor: index_reason}
+    checks = {
+        LINEAR: _linear_reason,
+        QUANTIZED_LINEAR: quantized_reason,
+        ATTENTION: _attention_reason,
+        aten.index.Tensor: index_reason,
+    }
     if target in checks:
         return checks[target](node)
     if target in ELEMENTWISE:
@@ -317,7 +328,7 @@ class Lowering:
         self, region: Region, outer: dict[fx.Node, fx.Node]
     ) -> tuple[Region, dict[fx.Node, fx.Node]]:
         """Compute an operand of a matrix kernel that is no matrix in memory by a kernel of its own, before."""
-        anchor = next((n for n in region.nodes if n.target in (LINEAR, ATTENTION, VARLEN, MATMUL, GROUPED)), None)
+        anchor = next((n for n in region.nodes if n.target in MATRIX_OPS), None)
         if anchor is None:
             return region, outer
         count = 3 if anchor.target in (ATTENTION, VARLEN) else 1
@@ -343,7 +354,7 @@ class Lowering:
     def _is_matrix(self, region: Region, operand: fx.Node, anchor: fx.Node) -> bool:
         with function() as f:
             ev = self._evaluator(f, region)
-            if anchor.target is LINEAR:
+            if anchor.target in (LINEAR, QUANTIZED_LINEAR):
                 return row_stride(ev, operand, int(operand.meta["val"].shape[-1])) is not None
             return matrix(ev, operand) is not None
 
@@ -441,6 +452,7 @@ _WHOLE = (
     (PACKING, lower_packing),
     ({SEGMENT_SUM}, lower_segment_sum),
     ({VARLEN}, lower_varlen),
+    ({QUANTIZED_LINEAR}, lower_quantized),
 )
 """Ops whose kernels compute nothing else, or (attention) only views around them."""
 

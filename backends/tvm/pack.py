@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from planish.backends.tvm.integer_tile import LANES, packed_codes, packed_numbers, packed_size, tile_vectors
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
+from planish.passes.precision.formats import FORMATS
 from planish.plan import ALIGN
 
 
@@ -72,11 +74,21 @@ LAYOUTS: dict[str, Layout] = {
     "taps": taps,
     "transposed_taps": transposed_taps,
 }
-"""Layout name to packing function (tensor, width, lanes) -> flat tensor."""
+"""Layout name to packing function (tensor, width, lanes) -> flat tensor; with those of each integer format."""
+
+CODES = {f"codes {form.name}": form for form in FORMATS}
+NUMBERS = {f"numbers {form.name}": form for form in FORMATS}
+LAYOUTS |= {name: lambda t, _, __, form=form: packed_codes(t, form) for name, form in CODES.items()}
+LAYOUTS |= {name: lambda t, _, __, form=form: packed_numbers(t, form) for name, form in NUMBERS.items()}
 
 
 def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, lanes: int) -> int:
     """Bytes of a constant in its layout."""
+    if layout in CODES:
+        return packed_size((shape[0], shape[1]), CODES[layout])
+    if layout in NUMBERS:
+        columns = LANES * tile_vectors(NUMBERS[layout])
+        shape = (-(-shape[0] // columns) * columns, shape[1])
     elements = 1
     for s in shape:
         elements *= s

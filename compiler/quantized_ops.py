@@ -1,0 +1,58 @@
+"""The ``planish::`` operators on integer codes: exact references of what integer kernels compute."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("planish::quantized_linear", mutates_args=())
+def quantized_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    input_scale: float | None,
+    format: str,
+) -> Tensor:
+    """A linear layer on integer codes of its weight and, row by row, of its input; fp32 [..., N].
+
+    For each group g of input features: ``scale_g sum(code_x code_w) + minimum_g sum(code_x)``, the sums as integers;
+    all that times the scale of the input's row, plus the bias.
+
+    Args:
+        x: [..., K].
+        codes: of the weight, uint8 [N, K]; see ``planish.passes.precision.formats``, also for the next two.
+        scales: [N, groups].
+        minimums: [N, groups], of an asymmetric format.
+        bias: [N].
+        input_scale: of all rows; None to find each row's own.
+        format: its name, as in ``Format.parse``.
+    """
+    from planish.passes.precision.formats import Format, Quantized, quantise_rows  # passes need this module first
+
+    weight = Quantized(Format.parse(format).weight, codes, scales, minimums)
+    group = weight.format.group or codes.shape[1]
+    of_x, row_scales = quantise_rows(x, input_scale)
+    result = x.new_zeros((*x.shape[:-1], codes.shape[0]), dtype=torch.float64)
+    parts = zip(of_x.split(group, -1), codes.split(group, -1), strict=True)
+    for g, (a, w) in enumerate(parts):
+        exact = a.double() @ w.double().T  # integers below 2^53
+        result += weight.scales[:, g].double() * exact
+        result += weight.lowest()[:, g].double() * a.double().sum(-1, keepdim=True)
+    result = result * row_scales.double()
+    return (result if bias is None else result + bias).to(x.dtype)
+
+
+@quantized_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    input_scale: float | None,
+    format: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))

@@ -1,0 +1,1 @@
+"""Integer formats of weights and activations, and what they cost."""
