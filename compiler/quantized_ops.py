@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from planish.formats import Format, Quantized, quantise_rows
+
 
 @torch.library.custom_op("planish::quantized_linear", mutates_args=())
 def quantized_linear(
@@ -23,15 +25,13 @@ def quantized_linear(
 
     Args:
         x: [..., K].
-        codes: of the weight, uint8 [N, K]; see ``planish.passes.precision.formats``, also for the next two.
+        codes: of the weight, uint8 [N, K]; see ``planish.formats``, also for the next two.
         scales: [N, groups].
         minimums: [N, groups], of an asymmetric format.
         bias: [N].
         input_scale: of all rows; None to find each row's own.
         format: its name, as in ``Format.parse``.
     """
-    from planish.passes.precision.formats import Format, Quantized, quantise_rows  # passes need this module first
-
     weight = Quantized(Format.parse(format).weight, codes, scales, minimums)
     group = weight.format.group or codes.shape[1]
     of_x, row_scales = quantise_rows(x, input_scale)

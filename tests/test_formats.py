@@ -1,4 +1,4 @@
-"""planish.passes.precision.formats: names, bytes, and the references of weights and activations."""
+"""planish.formats: names, bytes, and the references of weights and activations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from planish.errors import UnknownNameError
-from planish.passes.precision.formats import BITS, FORMATS, Format, WeightFormat, quantise, quantise_rows
+from planish.formats import BITS, FORMATS, Format, WeightFormat, quantise, quantise_rows
 
 
 @pytest.mark.parametrize("weight", FORMATS, ids=lambda w: w.name)

@@ -14,7 +14,7 @@ import tvm
 
 from planish.backends.tvm import integer_tile
 from planish.backends.tvm.codegen import _object_code, llvm_target
-from planish.passes.precision.formats import BITS, WeightFormat
+from planish.formats import BITS, WeightFormat
 from planish.targets import TARGETS, host_isa_levels
 
 pytestmark = [

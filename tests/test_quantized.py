@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import planish
 from planish.errors import UnsupportedOpsError
+from planish.formats import Format, quantise
 from planish.ops import planish_ops
-from planish.passes.precision.formats import Format, quantise
 from planish.program import Dim
 
 

@@ -14,7 +14,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, f32, function, i32, keep, lanes_at
-from planish.passes.precision.formats import LARGEST_CODE, WeightFormat
+from planish.formats import LARGEST_CODE, WeightFormat
 
 LANES = 8
 """Columns of a vector: int32 sums in 32 bytes, also on processors that have wider vectors."""

@@ -9,7 +9,7 @@ import torch
 
 from planish.backends.tvm.integer_tile import LANES, packed_codes, packed_numbers, packed_size, tile_vectors
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
-from planish.passes.precision.formats import FORMATS
+from planish.formats import FORMATS
 from planish.plan import ALIGN
 
 

@@ -23,7 +23,7 @@ from planish.backends.tvm.integer_tile import (
 )
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
 from planish.backends.tvm.vmath import fused_multiply_add
-from planish.passes.precision.formats import LARGEST_CODE, TINY, Format, WeightFormat
+from planish.formats import LARGEST_CODE, TINY, Format, WeightFormat
 from planish.program import Program
 
 ROWS_PER_TASK = 96

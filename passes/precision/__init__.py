@@ -1,1 +1,0 @@
-"""Integer formats of weights and activations, and what they cost."""
