@@ -16,6 +16,9 @@ planish_ops = torch.ops.planish
 
 LINEAR = aten.linear.default
 QUANTIZED_LINEAR = planish_ops.quantized_linear.default
+LAYERS = frozenset({LINEAR, QUANTIZED_LINEAR})
+"""Linear layers; the second argument's axes are output and input features."""
+
 ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default
@@ -275,6 +278,13 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     if len(node.args) > index:
         return node.args[index]
     return node.kwargs.get(name, default)
+
+
+def has_constant_weight(layer: fx.Node) -> bool:
+    """Whether what a layer or convolution multiplies by can be packed beforehand."""
+    count = 3 if layer.target is QUANTIZED_LINEAR else 1
+    weights = [a for a in layer.args[1 : 1 + count] if a is not None]
+    return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
 
 
 def is_random(node: fx.Node) -> bool:

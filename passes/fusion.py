@@ -15,7 +15,7 @@ from planish.ops import (
     ELEMENTWISE,
     INLINE,
     LAYER_NORM,
-    LINEAR,
+    LAYERS,
     MATMUL,
     REDUCTIONS,
     ROWS,
@@ -24,6 +24,7 @@ from planish.ops import (
     VIEWS,
     argument,
     aten,
+    has_constant_weight,
     short_name,
 )
 from planish.pipeline import Pass, Refusal, Result
@@ -82,9 +83,8 @@ class FuseGroups(Pass):
 
 
 def _is_anchor(node: fx.Node) -> bool:
-    if node.target in CONVOLUTIONS | {LINEAR}:
-        weight = node.args[1]
-        return isinstance(weight, fx.Node) and weight.op == "get_attr" and _is_float(node)
+    if node.target in CONVOLUTIONS | LAYERS:
+        return has_constant_weight(node) and _is_float(node)
     return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, VARLEN, MATMUL, STATISTICS} and _is_float(node)
 
 
@@ -105,7 +105,7 @@ class _Fusion:
     def around(self, anchor: fx.Node, target: Target) -> None:
         """The group of a costly op: what it reads through, then what follows it."""
         group = Group(anchor, anchor, {anchor})
-        if anchor.target is LINEAR:
+        if anchor.target in LAYERS:
             self._read_through(group, anchor.args[:1])
             self._follow(group)
             self._follow_norm(group)
@@ -216,7 +216,7 @@ class _Fusion:
         before: ``y = fused_linear_gelu(x); z = fused_linear_add(y, x)``
         after:  ``z = fused_linear_gelu_add(x)``: a chunk of rows of ``y`` stays in the second-level cache
         """
-        readers = [u for u in group.result.users if u.target is LINEAR and u.args[0] is group.result and _is_anchor(u)]
+        readers = [u for u in group.result.users if u.target in LAYERS and u.args[0] is group.result and _is_anchor(u)]
         if len(readers) != 1 or readers[0] in self.owned:
             return None
         layer = readers[0]
@@ -229,7 +229,7 @@ class _Fusion:
                 layer, f"{group.result.name} is also read by {outside[0].name}, so it is stored between the layers"
             )
             return None
-        widths = [int(n.args[1].meta["val"].shape[0]) for n in longer.nodes if n.target is LINEAR]  # pyright: ignore
+        widths = [int(n.args[1].meta["val"].shape[0]) for n in longer.nodes if n.target in LAYERS]  # pyright: ignore
         if 4 * CHAIN_ROWS * sum(widths) > target.l2_bytes:
             self._refuse(layer, f"{CHAIN_ROWS} rows of {sum(widths)} values do not fit the second-level cache")
             return None

@@ -39,13 +39,13 @@ def test_packed_codes_take_their_bits_and_no_more(bits: int) -> None:
 def unpacked(packed: torch.Tensor, bits: int) -> torch.Tensor:
     """The codes of 48 x 96, read as the docstring of ``packed_codes`` says."""
     codes = torch.zeros(48, 96, dtype=torch.uint8)
-    panels = packed.view(6, 3, bits, 8, 4)
+    panels = packed.view(3, 3, 2, bits, 8, 4)
     for k in range(96):
         unit, quad, place = k // 32, k % 32 // 4, k % 4
         first = shift = 0
         for width in integer_tile.planes(bits):
             each = 8 // width
-            byte = panels[:, unit, first + quad // each, :, place].reshape(-1)
+            byte = panels[:, unit, :, first + quad // each, :, place].reshape(-1)
             codes[:, k] |= ((byte >> (quad % each * width)) & ((1 << width) - 1)) << shift
             first, shift = first + width, shift + width
     return codes
@@ -79,15 +79,16 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f.name)
 def test_a_tile_is_exact(form: WeightFormat, compiled: Callable[..., ctypes.CDLL]) -> None:
-    width, most = integer_tile.LANES * integer_tile.tile_vectors(form), integer_tile.tile_rows(form)
-    library = compiled(
-        {
-            f"tile{rows}{biased:d}": integer_tile.build_integer_tile(
-                f"tile{rows}{biased:d}", form, rows, width - 3 * biased, biased=biased
-            )
-            for rows, biased in ((1, False), (most, True))
-        }
-    )
+    width, most = integer_tile.WIDTH, integer_tile.tile_rows(form)
+    functions = {
+        f"tile{rows}{biased:d}": integer_tile.build_integer_tile(
+            f"tile{rows}{biased:d}", form, rows, width - 3 * biased, biased=biased, unpacked=biased and form.bits < 8
+        )
+        for rows, biased in ((1, False), (most, True))
+    }
+    if form.bits < 8:
+        functions["unpack"] = integer_tile.build_unpacking("unpack", form)
+    library = compiled(functions)
     torch.manual_seed(form.bits)
     for depth in (32, 200, 576):
         for kind in ("random", "highest", "lowest"):
@@ -152,9 +153,13 @@ def call(
     groups = form.groups(depth)
     of_groups = (sums(form, of_a) * integer_tile.sum_factor(form)).int().contiguous()
     result = torch.full((rows, width), 7.0)
-    tensors = [padded.contiguous(), integer_tile.packed_codes(of_b, form)]
-    tensors += [integer_tile.packed_numbers(numbers["scales"], form)]
-    tensors += [] if form.symmetric else [integer_tile.packed_numbers(numbers["minimums"], form)]
+    packed = integer_tile.packed_codes(of_b, form)
+    if biased and form.bits < 8:
+        tight, packed = packed, torch.empty(width * padded.shape[1], dtype=torch.uint8)
+        sizes = (ctypes.c_void_p(tight.data_ptr()), ctypes.c_void_p(packed.data_ptr()), padded.shape[1] // 32)
+        assert library.unpack(*sizes) == 0
+    tensors = [padded.contiguous(), packed, integer_tile.packed_numbers(numbers["scales"])]
+    tensors += [] if form.symmetric else [integer_tile.packed_numbers(numbers["minimums"])]
     tensors += [of_groups, numbers["rows"][:rows].contiguous(), result] + ([numbers["bias"]] if biased else [])
     lda = padded.shape[1] * padded.element_size() // 4
     sizes = [lda, groups, width, padded.shape[1] // 32]

@@ -186,9 +186,9 @@ def transpose(rows: list[Expr], lanes: int) -> list[Expr]:
     return rows
 
 
-def workspace(elements: int) -> Any:
-    """Scratch memory of a parallel task, as a flat fp32 buffer of fixed size.
+def workspace(elements: int, dtype: str = "float32") -> Any:
+    """Scratch memory of a parallel task, as a flat buffer of fixed size.
 
     The launcher keeps it per thread, so the next task of the thread finds it in its cache.
     """
-    return T.alloc_buffer((elements,), "float32")
+    return T.alloc_buffer((elements,), dtype)

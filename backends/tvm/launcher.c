@@ -201,7 +201,7 @@ EXPORT int planish_parallel_launch(Lambda lambda, void *cdata, int num_task) {
 
 /* Scratch memory of a task. A thread keeps its blocks and gives them to its next task, so that they stay in its cache; they are freed
  * when the thread ends. Tasks nest at most a few allocations, which are freed in any order. */
-#define BLOCKS 8
+#define BLOCKS 32
 typedef struct { void *memory; uint64_t bytes; int used; } Block;
 static _Thread_local Block blocks[BLOCKS];
 static _Thread_local int blocks_watched = 0;

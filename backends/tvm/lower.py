@@ -14,13 +14,14 @@ from planish.backends.tvm.attention import lower_attention, matrix, result_matri
 from planish.backends.tvm.builder import Function, function
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
-from planish.backends.tvm.gemm import lower_linear, row_stride
+from planish.backends.tvm.gemm import lower_linear
 from planish.backends.tvm.index import DTYPES, translatable
 from planish.backends.tvm.inplace import Write, find_write, lower_write
 from planish.backends.tvm.kernel import Lowered, Module, Packed, Region, Scratch, Status
 from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
-from planish.backends.tvm.quantized import lower_quantized, quantized_reason
+from planish.backends.tvm.operands import row_stride
+from planish.backends.tvm.quantized import quantized_reason
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
@@ -37,6 +38,7 @@ from planish.ops import (
     ELEMENTWISE,
     GROUPED,
     INLINE,
+    LAYERS,
     LINEAR,
     LOG_SOFTMAX,
     MATMUL,
@@ -64,7 +66,7 @@ ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, a
 """Views of a contiguous tensor that keep the order of its elements: another shape of the same buffer."""
 
 
-MATRIX_OPS = (LINEAR, QUANTIZED_LINEAR, ATTENTION, VARLEN, MATMUL, GROUPED)
+MATRIX_OPS = (*LAYERS, ATTENTION, VARLEN, MATMUL, GROUPED)
 """Ops whose first operand (in attention three) must be a matrix in memory."""
 
 
@@ -354,7 +356,7 @@ class Lowering:
     def _is_matrix(self, region: Region, operand: fx.Node, anchor: fx.Node) -> bool:
         with function() as f:
             ev = self._evaluator(f, region)
-            if anchor.target in (LINEAR, QUANTIZED_LINEAR):
+            if anchor.target in LAYERS:
                 return row_stride(ev, operand, int(operand.meta["val"].shape[-1])) is not None
             return matrix(ev, operand) is not None
 
@@ -380,8 +382,8 @@ class Lowering:
 
     def _template(self, region: Region, lanes: int) -> Lowered:
         module, program = self.module, self.program
-        if anchor := region.find({LINEAR}):
-            if self._has_constant_weight(anchor):
+        if anchor := region.find(LAYERS):
+            if anchor.target is QUANTIZED_LINEAR or self._has_constant_weight(anchor):
                 return lower_linear(module, program, region)
             return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({MATMUL}):
@@ -452,7 +454,6 @@ _WHOLE = (
     (PACKING, lower_packing),
     ({SEGMENT_SUM}, lower_segment_sum),
     ({VARLEN}, lower_varlen),
-    ({QUANTIZED_LINEAR}, lower_quantized),
 )
 """Ops whose kernels compute nothing else, or (attention) only views around them."""
 

@@ -13,10 +13,10 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.attention import Matrix, matrix
 from planish.backends.tvm.builder import Expr, ceil_div, for_vectors, i32, keep, lanes_at, splat, workspace
-from planish.backends.tvm.gemm import product, row_stride
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Region, kernel, rows_in_parallel
 from planish.backends.tvm.microkernel import Tile, call_tile, gemm_tile
+from planish.backends.tvm.operands import product, row_stride
 from planish.ops import LINEAR
 from planish.program import Program
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from planish.backends.tvm.integer_tile import LANES, packed_codes, packed_numbers, packed_size, tile_vectors
+from planish.backends.tvm.integer_tile import WIDTH, packed_codes, packed_numbers, packed_size
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
 from planish.formats import FORMATS
 from planish.plan import ALIGN
@@ -73,22 +73,20 @@ LAYOUTS: dict[str, Layout] = {
     "group_panels": group_panels,
     "taps": taps,
     "transposed_taps": transposed_taps,
+    "numbers": lambda t, width, lanes: packed_numbers(t),
 }
 """Layout name to packing function (tensor, width, lanes) -> flat tensor; with those of each integer format."""
 
 CODES = {f"codes {form.name}": form for form in FORMATS}
-NUMBERS = {f"numbers {form.name}": form for form in FORMATS}
 LAYOUTS |= {name: lambda t, _, __, form=form: packed_codes(t, form) for name, form in CODES.items()}
-LAYOUTS |= {name: lambda t, _, __, form=form: packed_numbers(t, form) for name, form in NUMBERS.items()}
 
 
 def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, lanes: int) -> int:
     """Bytes of a constant in its layout."""
     if layout in CODES:
         return packed_size((shape[0], shape[1]), CODES[layout])
-    if layout in NUMBERS:
-        columns = LANES * tile_vectors(NUMBERS[layout])
-        shape = (-(-shape[0] // columns) * columns, shape[1])
+    if layout == "numbers":
+        shape = (-(-shape[0] // WIDTH) * WIDTH, shape[1])
     elements = 1
     for s in shape:
         elements *= s
