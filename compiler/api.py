@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -18,11 +18,12 @@ from planish.backends import backend
 from planish.backends.base import Executable, KernelTime, Unsupported
 from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
-from planish.errors import DimError, InputError, StateError, UnsupportedOpsError
+from planish.errors import CalibrationError, DimError, InputError, StateError, UnsupportedOpsError
 from planish.fallback import Coverage, CutSegments, check_fallback, compile_segments
+from planish.passes.precision.calibration import check_calibration
 from planish.pipeline import Pass, Step, run_pass, run_pipeline
 from planish.plan import Call
-from planish.program import Dim, TensorSpec, evaluate
+from planish.program import Dim, Program, TensorSpec, evaluate
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
 from planish.state import State, StateSpec, lend
 from planish.targets import Target
@@ -43,6 +44,7 @@ def compile(
     dump: str | Path | None = None,
     verify: bool = False,
     fallback: str = "error",
+    calibration: Iterable[Inputs] | None = None,
     cache: bool = True,
 ) -> CompiledModel:
     """Compile a model to one native function.
@@ -61,23 +63,27 @@ def compile(
         verify: compare the values before and after every pass in fp64.
         fallback: what to do with operators that have no native form: ``"error"`` lists them all in one error;
             ``"eager"`` runs those, and only those, in PyTorch. ``report()``, ``repr`` and the log name each of them.
+        calibration: representative inputs, each like ``inputs``, for targets and passes with integer codes; they are run
+            once. Without them scales are found at run time.
         cache: reuse the result of an equal compile of the same, unchanged model in this process.
 
     Raises:
-        CaptureError, ModelStateError, InputError, DimError, TargetError, UnknownNameError, UnsupportedOpsError: see
-            each class.
+        CaptureError, ModelStateError, InputError, DimError, TargetError, UnknownNameError, UnsupportedOpsError,
+            CalibrationError: see each class.
     """
     check_model(model)
     check_fallback(fallback)
     if inputs is not None:
         check_inputs_kind(inputs)
     parsed = Target.parse(target)
-    pipeline = registry.resolve(passes, padding)
-    compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify, fallback)
+    pipeline = registry.resolve(passes, padding, parsed)
+    if calibration is not None:
+        calibration = _check_calibration(calibration, pipeline, parsed)
+    compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify, fallback, calibration)
     if inputs is None:
         compiled.wait_for_inputs(model)
         return compiled
-    reuse = cache and dump is None and not verify
+    reuse = cache and dump is None and not verify and calibration is None
     key = fingerprint(model, inputs, parsed, dynamic, pipeline, fallback) if reuse else None
     if key is not None and (found := remembered(model, key)) is not None:
         compiled.adopt(found)
@@ -122,8 +128,10 @@ class CompiledModel:
         dump: str | Path | None,
         verify: bool,
         fallback: str,
+        calibration: Sequence[Inputs] | None = None,
     ) -> None:
         self.target = target
+        self._calibration = calibration
         self._pipeline, self._dynamic, self._dump, self._verify = tuple(pipeline), dynamic, dump, verify
         self._fallback = fallback
         self._compiled: Compiled | None = None
@@ -237,6 +245,8 @@ class CompiledModel:
     ) -> Compiled:
         """Capture, run the passes, lower; remember the result under ``key``."""
         program, signature = capture(model, inputs, self._dynamic)
+        if self._calibration is not None:
+            program.calibration = _calibration(signature, program, self._calibration)
         observer = Dump(Path(self._dump)) if self._dump is not None else None
         engine, coverage, pipeline = backend(self.target.backend), None, self._pipeline
         if self._fallback == "eager" and engine.unsupported(program, self.target):
@@ -291,6 +301,37 @@ class CompiledModel:
         return self._compiled
 
 
+def _check_calibration(calibration: Iterable[Inputs], pipeline: Sequence[Pass], target: Target) -> list[Inputs]:
+    """The calibration inputs as a list."""
+    if not any("quantized" in p.makes for p in pipeline):
+        raise CalibrationError(
+            f"calibration inputs were given, but nothing in the pipeline for {target.name!r} uses them",
+            fix="use target='cpu-int8' or 'cpu-int4', or a QuantizeUniform pass in passes=[...]",
+        )
+    if isinstance(calibration, (Mapping, torch.Tensor)) or not isinstance(calibration, Iterable):
+        raise CalibrationError(
+            f"calibration is a {type(calibration).__name__}",
+            why="it is a collection of inputs, each a tuple or dict like inputs",
+            fix="for one batch write calibration=[inputs]",
+        )
+    batches = list(calibration)
+    for batch in batches:
+        check_inputs_kind(batch)
+    return batches
+
+
+def _calibration(
+    signature: Signature, program: Program, batches: Sequence[Inputs]
+) -> tuple[tuple[torch.Tensor, ...], ...]:
+    """The calibration inputs as flat tensors, checked like a call's."""
+    flat = [tuple(signature.flatten(*_as_call(batch))) for batch in batches]
+    specs = program.inputs[: program.arguments]
+    for tensors in flat:
+        check_tensors(specs, tensors)
+    check_calibration([spec.name for spec in specs], flat)
+    return tuple(flat)
+
+
 def _run(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Sequence[torch.Tensor]) -> Any:
     tensors = compiled.signature.flatten(args, kwargs)
     dims = check_inputs(compiled, tensors)
@@ -321,8 +362,17 @@ def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[st
     Raises:
         InputError, DimError: naming the input, the dim and its range.
     """
+    return _in_range(compiled, check_tensors(compiled.inputs, tensors))
+
+
+def check_tensors(specs: Sequence[TensorSpec], tensors: Sequence[torch.Tensor]) -> dict[str, int]:
+    """Check dtype, rank and sizes of the input tensors; returns the size of each dynamic dim.
+
+    Raises:
+        InputError, DimError: naming the input and the dim.
+    """
     dims: dict[str, int] = {}
-    for spec, tensor in zip(compiled.inputs, tensors, strict=True):
+    for spec, tensor in zip(specs, tensors, strict=True):
         if tensor.requires_grad or not tensor.is_cpu or tensor.layout is not torch.strided:
             check_tensor(spec.name, tensor)
         if tensor.dtype is not spec.dtype:
@@ -344,7 +394,7 @@ def check_inputs(compiled: Compiled, tensors: Sequence[torch.Tensor]) -> dict[st
                     f"dim {want} is {dims[str(want)]} in one input and {size} on axis {axis} of {spec.name!r}",
                     why="equal names are equal sizes",
                 )
-    return _in_range(compiled, dims)
+    return dims
 
 
 def _in_range(compiled: Compiled, dims: dict[str, int]) -> dict[str, int]:

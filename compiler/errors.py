@@ -71,6 +71,12 @@ class InputError(PlanishError):
     code = "input"
 
 
+class CalibrationError(PlanishError):
+    """Calibration inputs are missing, empty or hold what is no number."""
+
+    code = "calibration"
+
+
 class StateError(PlanishError):
     """A call without the state it needs or with a wrong one, or two uses of one state at the same time."""
 

@@ -75,6 +75,7 @@ class Program:
         state: names of the model's mutable buffers, such as ``attention.cache``.
         counts: dims that are counted in each call, not read from the inputs' shapes, with their upper bounds: the
             tokens of a packed batch.
+        calibration: inputs that are representative of what the model will see, each as ``example`` without the state.
         padded: outputs [B, S, ...] whose values at padding are not the model's: name of the output to the name of the
             mask input [B, S] and the mask's value at tokens.
     """
@@ -88,6 +89,7 @@ class Program:
     facts: frozenset[str] = field(default_factory=frozenset[str])
     state: tuple[str, ...] = ()
     counts: dict[str, int | sympy.Expr] = field(default_factory=dict[str, "int | sympy.Expr"])
+    calibration: tuple[tuple[torch.Tensor, ...], ...] = ()
     padded: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
 
     @property

@@ -17,11 +17,14 @@ def quantized_linear(
     bias: Tensor | None,
     input_scale: float | None,
     format: str,
+    outliers: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
 ) -> Tensor:
     """A linear layer on integer codes of its weight and, row by row, of its input; fp32 [..., N].
 
     For each group g of input features: ``scale_g sum(code_x code_w) + minimum_g sum(code_x)``, the sums as integers;
-    all that times the scale of the input's row, plus the bias.
+    all that times the scale of the input's row, plus the bias, plus the products of the outliers in fp32. An outlier
+    is an input feature that is 0 to the codes of x, so that it does not decide their scale (LLM.int8).
 
     Args:
         x: [..., K].
@@ -31,10 +34,13 @@ def quantized_linear(
         bias: [N].
         input_scale: of all rows; None to find each row's own.
         format: its name, as in ``Format.parse``.
+        outliers: input features that stay fp32, int64 [C].
+        outlier_weight: their weights, fp32 [C, N].
     """
     weight = Quantized(Format.parse(format).weight, codes, scales, minimums)
     group = weight.format.group or codes.shape[1]
-    of_x, row_scales = quantise_rows(x, input_scale)
+    inner = x if outliers is None else x.index_fill(-1, outliers, 0.0)
+    of_x, row_scales = quantise_rows(inner, input_scale)
     result = x.new_zeros((*x.shape[:-1], codes.shape[0]), dtype=torch.float64)
     parts = zip(of_x.split(group, -1), codes.split(group, -1), strict=True)
     for g, (a, w) in enumerate(parts):
@@ -42,6 +48,8 @@ def quantized_linear(
         result += weight.scales[:, g].double() * exact
         result += weight.lowest()[:, g].double() * a.double().sum(-1, keepdim=True)
     result = result * row_scales.double()
+    if outliers is not None and outlier_weight is not None:
+        result += x.index_select(-1, outliers).double() @ outlier_weight.double()
     return (result if bias is None else result + bias).to(x.dtype)
 
 
@@ -54,5 +62,7 @@ def _(
     bias: Tensor | None,
     input_scale: float | None,
     format: str,
+    outliers: Tensor | None = None,
+    outlier_weight: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))

@@ -25,6 +25,7 @@ class Target:
         vector_registers: number of architectural vector registers.
         l2_bytes: private second-level cache of a core in bytes.
         llc_bytes: last-level cache in bytes.
+        format: of the layers that quantize-uniform turns into integer codes, as in ``Format.parse``; empty for fp32.
         cores: cores that share the last-level cache; code is chosen for as many threads, and runs on any number.
     """
 
@@ -39,6 +40,7 @@ class Target:
     l2_bytes: int = 0
     llc_bytes: int = 0
     cores: int = 0
+    format: str = ""
 
     @property
     def lanes(self) -> int:
@@ -64,7 +66,7 @@ class Target:
             raise UnknownNameError(f"unknown target {spelling!r}", fix="use one of: " + ", ".join(TARGETS))
         target = TARGETS[spelling]
         if target.isa == "host":
-            return replace(Target.host(), name=target.name)
+            return replace(Target.host(), name=target.name, format=target.format)
         if target.isa and target.isa not in host_isa_levels():
             raise TargetError(
                 f"target {target.name!r} needs {target.isa.upper()}, which this processor does not have",
@@ -96,6 +98,8 @@ TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target("cpu", "tvm", "this machine's best level: AVX-512 where it has it, else AVX2", isa="host"),
+        Target("cpu-int8", "tvm", "as cpu, linear layers on 8-bit codes (w8a8)", isa="host", format="w8a8"),
+        Target("cpu-int4", "tvm", "as cpu, weights in 4 bits (w4a8-g32), the head in 8", isa="host", format="w4a8-g32"),
         Target(
             "cpu-avx512",
             "tvm",

@@ -9,11 +9,13 @@ from planish.passes.canonicalize import Canonicalize
 from planish.passes.fusion import FuseGroups
 from planish.passes.layout import ChooseLayout
 from planish.passes.padding import RemovePadding
+from planish.passes.precision import QuantizeUniform
 from planish.passes.selection import PushSelections
 from planish.passes.softmax import RewriteSoftmax
 
 if TYPE_CHECKING:
     from planish.pipeline import Pass
+    from planish.targets import Target
 
 REGISTRY: dict[str, Pass] = {
     p.name: p
@@ -22,18 +24,23 @@ REGISTRY: dict[str, Pass] = {
         PushSelections(),
         RemovePadding(),
         ChooseLayout(),
+        QuantizeUniform(),
         RewriteSoftmax(),
         FuseGroups(),
     )
 }
 """Every pass with its default options, in the order of the default pipeline."""
 
+ON_INTEGERS = frozenset({QuantizeUniform.name})
+"""Passes of the default pipeline of targets that have a format of integer codes."""
 
-def resolve(passes: Sequence[str | Pass] | None, padding: str = "zero") -> list[Pass]:
+
+def resolve(passes: Sequence[str | Pass] | None, padding: str = "zero", target: Target | None = None) -> list[Pass]:
     """The passes to run: the default pipeline, or names and Pass objects as given.
 
     Args:
         passes: None for the default pipeline.
+        target: whose default pipeline it is; None for one without integer codes.
         padding: the policy of ``remove-padding``, where it is not given as an object.
 
     Raises:
@@ -43,7 +50,8 @@ def resolve(passes: Sequence[str | Pass] | None, padding: str = "zero") -> list[
 
     removal = RemovePadding(padding)
     if passes is None:
-        passes = list(REGISTRY)
+        quantised = target is not None and target.format
+        passes = [name for name in REGISTRY if quantised or name not in ON_INTEGERS]
     chosen: list[Pass] = []
     for p in passes:
         if isinstance(p, str) and p not in REGISTRY:

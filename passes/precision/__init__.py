@@ -1,0 +1,5 @@
+"""Number formats of layers: what their inputs look like, and which format each gets."""
+
+from planish.passes.precision.uniform import QuantizeUniform
+
+__all__ = ["QuantizeUniform"]

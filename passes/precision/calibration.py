@@ -1,0 +1,125 @@
+"""Calibration: one run over the user's inputs, and what each layer's input channels looked like in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx
+
+from planish.errors import CalibrationError
+from planish.ops import planish_ops
+from planish.program import Program, source_line
+
+
+@dataclass
+class Channels:
+    """Statistics of a layer's input, channel by channel (the last axis, K).
+
+    Attributes:
+        largest: largest magnitude, [K].
+        later: the same without the first token of each sequence, [K]; equal where there are no sequences.
+        total: sum over all rows, fp64 [K].
+        rows: how many.
+    """
+
+    largest: Tensor
+    later: Tensor
+    total: Tensor
+    rows: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, fp32 [K]."""
+        return (self.total / max(self.rows, 1)).float()
+
+    def against_median(self) -> Tensor:
+        """How many times each channel's largest magnitude exceeds the median channel's, [K]."""
+        return self.largest / self.largest.median().clamp_min(torch.finfo(torch.float32).tiny)
+
+    def add(self, x: Tensor, first: Tensor | None) -> None:
+        """Take in a batch [rows, K]; ``first`` marks the rows that are first tokens, bool [rows]."""
+        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        rest = x if first is None else x[~first]
+        if len(rest):
+            self.later = torch.maximum(self.later, rest.abs().amax(0))
+        self.total += x.double().sum(0)
+        self.rows += len(x)
+
+
+def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channels]:
+    """Run the program on its calibration inputs, once each, and collect statistics of the layers' first operands.
+
+    Raises:
+        CalibrationError: a layer's input holds NaN or infinity.
+    """
+    found: dict[fx.Node, Channels] = {}
+    for layer in layers:
+        depth = int(layer.args[0].meta["val"].shape[-1])  # pyright: ignore
+        found[layer] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
+    state = program.example[program.arguments :]
+    console = Console(stderr=True)
+    for number, inputs in enumerate(
+        track(program.calibration, "calibration", console=console, transient=True, disable=not console.is_terminal)
+    ):
+        with torch.no_grad():
+            _Observer(program.module, found, number).run(*inputs, *state)
+    return found
+
+
+class _Observer(fx.Interpreter):
+    """Runs the graph and looks at the operands of some of its nodes."""
+
+    def __init__(self, module: fx.GraphModule, found: dict[fx.Node, Channels], number: int) -> None:
+        super().__init__(module)
+        self._found, self._number = found, number
+        self._starts: Tensor | None = None
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Run a node; before, look at its first operand."""
+        if n in self._found:
+            x = self.env[n.args[0]]  # pyright: ignore
+            if not x.isfinite().all():
+                raise CalibrationError(
+                    f"in calibration batch {self._number} the input of {n.name} holds NaN or infinity",
+                    where=source_line(n),
+                    why="its scale would be meaningless",
+                    fix="check that batch in eager PyTorch, and leave it out",
+                )
+            self._found[n].add(x.reshape(-1, x.shape[-1]), self._first_tokens(x))
+        result = super().run_node(n)
+        if n.target is planish_ops.token_starts.default:
+            self._starts = result
+        return result
+
+    def _first_tokens(self, x: Tensor) -> Tensor | None:
+        """Which rows of x are first tokens: at the starts of a packed batch, in column 0 of [B, S, K]."""
+        if x.dim() == 3:
+            return (torch.arange(x.shape[1]) == 0).repeat(x.shape[0])
+        if x.dim() == 2 and self._starts is not None and int(self._starts[-1]) == len(x):
+            first = torch.zeros(len(x), dtype=torch.bool)
+            first[self._starts[:-1][self._starts[:-1] < len(x)]] = True
+            return first
+        return None
+
+
+def check_calibration(names: Sequence[str], batches: Sequence[Sequence[Tensor]]) -> None:
+    """Raise CalibrationError unless there are batches and no input holds NaN."""
+    if not batches:
+        raise CalibrationError(
+            "the calibration set is empty",
+            why="scales and outliers are found by running it",
+            fix="pass some inputs, calibration=[...], or leave calibration out to quantise without data",
+        )
+    for number, batch in enumerate(batches):
+        for name, tensor in zip(names, batch, strict=True):
+            if tensor.is_floating_point() and tensor.isnan().any():
+                raise CalibrationError(
+                    f"calibration batch {number}: input {name!r} holds NaN",
+                    why="every statistic behind it would be NaN",
+                    fix="leave that batch out",
+                )
