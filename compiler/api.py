@@ -63,8 +63,8 @@ def compile(
         verify: compare the values before and after every pass in fp64.
         fallback: what to do with operators that have no native form: ``"error"`` lists them all in one error;
             ``"eager"`` runs those, and only those, in PyTorch. ``report()``, ``repr`` and the log name each of them.
-        calibration: representative inputs, each like ``inputs``, for targets and passes with integer codes; they are run
-            once. Without them scales are found at run time.
+        calibration: representative inputs, each like ``inputs``, for targets and passes with integer codes; they are
+            run once. Without them scales are found at run time.
         cache: reuse the result of an equal compile of the same, unchanged model in this process.
 
     Raises:
@@ -315,8 +315,8 @@ def _check_calibration(calibration: Iterable[Inputs], pipeline: Sequence[Pass], 
             fix="for one batch write calibration=[inputs]",
         )
     batches = list(calibration)
-    for batch in batches:
-        check_inputs_kind(batch)
+    for number, batch in enumerate(batches):
+        check_inputs_kind(batch, f"calibration batch {number}")
     return batches
 
 
@@ -324,10 +324,14 @@ def _calibration(
     signature: Signature, program: Program, batches: Sequence[Inputs]
 ) -> tuple[tuple[torch.Tensor, ...], ...]:
     """The calibration inputs as flat tensors, checked like a call's."""
-    flat = [tuple(signature.flatten(*_as_call(batch))) for batch in batches]
     specs = program.inputs[: program.arguments]
-    for tensors in flat:
-        check_tensors(specs, tensors)
+    flat: list[tuple[torch.Tensor, ...]] = []
+    for number, batch in enumerate(batches):
+        try:
+            flat.append(tuple(signature.flatten(*_as_call(batch))))
+            check_tensors(specs, flat[-1])
+        except (InputError, DimError) as error:
+            raise CalibrationError(f"calibration batch {number}: {error.what}", why=error.why, fix=error.fix) from None
     check_calibration([spec.name for spec in specs], flat)
     return tuple(flat)
 

@@ -244,11 +244,11 @@ def check_model(model: Any) -> None:
                 raise ModelStateError(f"{kind} {name!r} is on {tensor.device}", fix="move the model: model.cpu()")
 
 
-def check_inputs_kind(inputs: Any) -> None:
+def check_inputs_kind(inputs: Any, name: str = "inputs") -> None:
     """Raise unless ``inputs`` is a tuple (or list) or a mapping."""
     if not isinstance(inputs, (tuple, list, Mapping)):
         raise InputError(
-            f"inputs is {_describe(inputs)}",
+            f"{name} is {_describe(inputs)}",
             why="it must be a tuple of positional arguments or a dict of keyword arguments",
             fix="for one tensor write (x,)",
         )

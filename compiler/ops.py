@@ -282,8 +282,9 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 def has_constant_weight(layer: fx.Node) -> bool:
     """Whether what a layer or convolution multiplies by can be packed beforehand."""
-    count = 3 if layer.target is QUANTIZED_LINEAR else 1
-    weights = [a for a in layer.args[1 : 1 + count] if a is not None]
+    weights = [layer.args[1]]
+    if layer.target is QUANTIZED_LINEAR:
+        weights = [a for a in (*layer.args[1:4], *layer.args[7:9]) if a is not None]
     return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
 
 

@@ -88,6 +88,30 @@ def test_a_scale_from_calibration_clips() -> None:
     check(planish.compile(model, (x,))(x), model(x))
 
 
+@pytest.mark.parametrize("form", ["w8a8", "w4a8-g32", "w8a8-static"])
+def test_outliers_stay_fp32_and_do_not_decide_the_scale(form: str) -> None:
+    class Kept(Quantized):
+        def __init__(self, weight: Tensor, features: Tensor) -> None:
+            super().__init__(weight.index_fill(1, features, 0.0), torch.randn(len(weight)), form, scale)
+            self.register_buffer("features", features)
+            self.register_buffer("exact", weight[:, features].T.contiguous())
+
+        def forward(self, x: Any) -> Tensor:
+            held = (self.codes, self.scales, self.minimums, self.bias)
+            return planish_ops.quantized_linear(x, *held, self.input_scale, self.form, self.features, self.exact)
+
+    scale = 0.03 if "static" in form else None
+    torch.manual_seed(0)
+    weight, x, features = torch.randn(51, 70) / 8, torch.randn(300, 70), torch.tensor([3, 11, 69])
+    x[:, features] *= 1000
+    model = Kept(weight, features).eval()
+    for m in (1, 7, 300):
+        check(planish.compile(model, (x[:m],))(x[:m]), model(x[:m]))
+    exact = torch.nn.functional.linear(x, weight, model.bias)
+    plain = Quantized(weight, model.bias, form, scale)
+    assert (model(x) - exact).norm() < 0.2 * (plain(x) - exact).norm()
+
+
 def test_rows_of_zeros_and_of_what_is_no_number() -> None:
     model, x = layer(20, 70, "w4a8-g32"), rows(6, 70)
     x[0] = 0.0

@@ -71,7 +71,8 @@ def test_code_runs_here(name: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(40, 50), torch.nn.GELU(), torch.nn.LayerNorm(50)).eval()
     x = torch.randn(9, 40)
     cm = planish.compile(model, (x,), name)
-    torch.testing.assert_close(cm(x), model(x), rtol=1e-5, atol=3e-6)
+    loose = {"": 3e-6, "w8a8": 0.1, "w4a8-g32": 0.6}[TARGETS[name].format]
+    torch.testing.assert_close(cm(x), model(x), rtol=1e-5, atol=loose)
     assembly = "".join(text for _, _, text in cm.sources())
     assert bool(re.search(r"%zmm\d", assembly)) == (cm.target.isa == "avx512")
     assert bool(re.search(r"%ymm\d", assembly)) or cm.target.isa != "avx2"

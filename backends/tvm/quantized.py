@@ -55,6 +55,7 @@ class IntegerTiles(Tiles):
         self.groups = self.form.weight.groups(stage.depth)
         self.rows = tile_rows(self.form.weight)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
+        self.outliers = int(self.node.args[7].meta["val"].shape[0]) if len(self.node.args) > 7 else 0  # pyright: ignore
 
     @property
     def depth(self) -> int:
@@ -62,19 +63,27 @@ class IntegerTiles(Tiles):
         return self.units * UNIT
 
     def constants(self) -> list[tuple[Packed, str]]:
-        """Codes, scales, and minimums of an asymmetric format."""
+        """Codes, scales, minimums of an asymmetric format; which input features stay fp32, and their weights."""
         number = "float16" if self.form.weight.group else "float32"
         _, codes, scales, minimums, *_ = self.node.args
         packed = [(Packed(codes, f"codes {self.form.weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
-        return packed + [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
+        packed += [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
+        kept = zip(self.node.args[7:], ("int64", "float32"), strict=False)
+        return packed + [(Packed(n, "plain", 0), dtype) for n, dtype in kept]  # pyright: ignore
+
+    @property
+    def numbers(self) -> int:
+        """Constants that a tile reads: codes, scales and minimums."""
+        return 2 if self.form.weight.symmetric else 3
 
     @property
     def _wide(self) -> bool:
         return self.form.weight.bits == 8
 
     def scratch(self) -> list[tuple[int, str]]:
-        """Codes, sums and scales of the rows."""
-        return [(self.depth, activation_dtype(self.form.weight)), (self.groups, "int32"), (1, "float32")]
+        """Codes, sums and scales of the rows, and their outliers."""
+        rows = [(self.depth, activation_dtype(self.form.weight)), (self.groups, "int32"), (1, "float32")]
+        return rows + ([(self.outliers, "float32")] if self.outliers else [])
 
     def prepare(self, code: StageCode, *, parallel: bool) -> None:
         """The rows as codes."""
@@ -99,15 +108,30 @@ class IntegerTiles(Tiles):
         return unpacked
 
     def multiply(self, code: StageCode, block: Block, row: Expr, left: Expr, tile: Expr, opened: Any) -> None:
-        """A tile of unpacked or packed codes."""
+        """A tile of unpacked or packed codes, then the outliers."""
         if opened is None:
             self._call(code, block, row, left, self._panel(code, block), unpacked=False)
-            return
-        with T.If(code.count >= self.rows):
-            with T.Then():
-                self._call(code, block, row, left, T.address_of(opened[0]), unpacked=True)
-            with T.Else():
-                self._call(code, block, row, left, self._panel(code, block), unpacked=False)
+        else:
+            with T.If(code.count >= self.rows):
+                with T.Then():
+                    self._call(code, block, row, left, T.address_of(opened[0]), unpacked=True)
+                with T.Else():
+                    self._call(code, block, row, left, self._panel(code, block), unpacked=False)
+        if self.outliers:
+            with T.serial(0, T.min(left, self.rows)) as i:
+                self._add_outliers(code, block, T.bind(row + i))
+
+    def _add_outliers(self, code: StageCode, block: Block, row: Expr) -> None:
+        """One row of a tile plus the products of its outliers in fp32."""
+        place, weights, values = code.place, code.constants[-1], code.scratch[3]
+        start, first = T.bind(place.row(row) + block.column), T.bind((row - code.first) * self.outliers)
+        for at, n in for_vectors(block.columns, block.lanes):
+            total, whole = T.alloc_buffer((n,), "float32"), lanes_at(i32(0), n)
+            T.buffer_store(total, place.buffer[lanes_at(start + at, n)], [whole])
+            with T.serial(0, self.outliers) as c:
+                column = lanes_at(c * code.stage.columns + block.column + at, n)
+                T.buffer_store(total, total[whole] + splat(values[first + c], n) * weights[column], [whole])
+            T.buffer_store(place.buffer, total[whole], [lanes_at(start + at, n)])
 
     def adds_bias(self, block: Block) -> bool:
         """Always."""
@@ -118,10 +142,10 @@ class IntegerTiles(Tiles):
         return T.address_of(code.constants[0][T.bind(block.column * (self.depth * self.form.weight.bits // 8))])
 
     def _call(self, code: StageCode, block: Block, row: Expr, left: Expr, panel: Expr, *, unpacked: bool) -> None:
-        codes, sums, scales = code.scratch
+        codes, sums, scales, *_ = code.scratch
         place, bias, at = code.place, code.stage.bias, T.bind(row - code.first)
         operands = [T.address_of(codes[at * self.depth]), panel]
-        operands += [T.address_of(n[T.bind(block.column * self.groups)]) for n in code.constants[1:]]
+        operands += [T.address_of(n[T.bind(block.column * self.groups)]) for n in code.constants[1 : self.numbers]]
         operands += [T.address_of(sums[at * self.groups]), T.address_of(scales[at])]
         operands += [T.address_of(place.buffer[place.row(row) + block.column])]
         operands += [T.address_of(code.k.ev.sources[bias].buffer[block.column])] if bias is not None else []
@@ -149,15 +173,29 @@ class _Quantise:
     def emit(self, at: Expr) -> None:
         """One row of the chunk."""
         source, fixed = self.code.source, self.tiles.node.args[5]
-        start = T.bind(source.row(self.code.first + at))
-        top, poison = self._largest(source.buffer, start)
+        x, start = source.buffer, T.bind(source.row(self.code.first + at))
+        if self.tiles.outliers:
+            x, start = self._without_outliers(x, start, at), i32(0)
+        top, poison = self._largest(x, start)
         if fixed is None:
             inverse = tirx.Select(top > f32(TINY), f32(LARGEST_CODE) / top, f32(0.0))
             scale = top / f32(LARGEST_CODE)
         else:
             inverse, scale = f32(1.0) / f32(float(fixed)), f32(float(fixed))  # pyright: ignore
         T.buffer_store(self.code.scratch[2], scale + poison, [at])
-        self._codes(source.buffer, start, at, keep(inverse))
+        self._codes(x, start, at, keep(inverse))
+
+    def _without_outliers(self, x: Any, start: Expr, at: Expr) -> Any:
+        """A copy of the row with zeros at the outliers, which are stored apart."""
+        tiles, rest = self.tiles, workspace(self.tiles.depth)
+        features = self.code.constants[tiles.numbers]
+        for i, n in for_vectors(self.code.stage.depth, self.code.k.lanes):
+            T.buffer_store(rest, x[lanes_at(start + i, n)], [lanes_at(i, n)])
+        with T.serial(0, tiles.outliers) as c:
+            feature = keep(T.cast(features[c], "int32"))
+            T.buffer_store(self.code.scratch[3], rest[feature], [at * tiles.outliers + c])
+            T.buffer_store(rest, f32(0.0), [feature])
+        return rest
 
     def _largest(self, x: Any, start: Expr) -> tuple[Expr, Expr]:
         """Largest magnitude of a row; and 0, or NaN if the row holds NaN or infinity."""
@@ -177,7 +215,7 @@ class _Quantise:
         tiles, lanes = self.tiles, self.code.k.lanes
         form, padded, depth = tiles.form.weight, tiles.depth, self.code.stage.depth
         dtype, group = activation_dtype(form), form.group or padded
-        codes, sums, _ = self.code.scratch
+        codes, sums, *_ = self.code.scratch
         first = T.bind(at_row * padded)
         total = T.alloc_buffer((LANES,), "int32")
         whole = T.ramp(0, 1, LANES)

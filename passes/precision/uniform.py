@@ -29,7 +29,7 @@ FP32 = "fp"
 
 @dataclass(frozen=True)
 class QuantizeUniform(Pass):
-    """Store the weights of all linear layers as integer codes of one format, and multiply by codes of their inputs.
+    """Store the weights of linear layers as integer codes of one format, and multiply by codes of their inputs.
 
     before: ``y = linear(x, w, b)``
     after:  ``y = planish.quantized_linear(x, w_codes, w_scales, None, b, None, "w8a8")``
@@ -181,9 +181,8 @@ class _Work:
 
     def _dequantised(self, stored: list[str | None], form: Format) -> Tensor:
         """The weight that is multiplied, outliers included."""
-        codes, scales, minimums, outliers, exact = [
-            None if n is None else getattr(self.program.module, n) for n in stored
-        ]
+        module = self.program.module
+        codes, scales, minimums, outliers, exact = [None if n is None else getattr(module, n) for n in stored]
         weight = Quantized(form.weight, codes, scales, minimums).dequantise()
         return weight if outliers is None else weight.index_copy(1, outliers, exact.T)
 
@@ -219,12 +218,11 @@ class _Work:
             values = {"rows": held.codes, "row_scales": held.scales, "row_lowest": held.lowest()}
             self.stored[key] = [self._add(f"{stem}_{n}", v) for n, v in values.items()]
         with graph.inserting_before(node):
-            parts = [
-                graph.call_function(aten.embedding.default, (graph.get_attr(n), node.args[1])) for n in self.stored[key]
-            ]  # pyright: ignore
-            value = graph.call_function(aten._to_copy.default, (parts[0],), {"dtype": torch.float32})
-            value = graph.call_function(aten.mul.Tensor, (value, parts[1]))
-            new = graph.call_function(aten.add.Tensor, (value, parts[2]))
+            tables = [graph.get_attr(str(n)) for n in self.stored[key]]
+            codes, scales, lowest = [graph.call_function(aten.embedding.default, (t, node.args[1])) for t in tables]
+            value = graph.call_function(aten._to_copy.default, (codes,), {"dtype": torch.float32})
+            value = graph.call_function(aten.mul.Tensor, (value, scales))
+            new = graph.call_function(aten.add.Tensor, (value, lowest))
         node.replace_all_uses_with(new)
         self.result.rewrites[f"embedding as {form.name}"] += 1
 
