@@ -88,6 +88,17 @@ def softmax(
     _measure("planish.bench.softmax", json, threads, rounds, only=_names(only))
 
 
+@app.command()
+def qgemm(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads on every side")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=MIN_ROUNDS, help="timed rounds of each shape")] = 11,
+    only: Annotated[str | None, typer.Option("--only", metavar="FORMATS", help="formats, separated by commas")] = None,
+) -> None:
+    """Linear layers on integer codes: every format at several shapes, against fp32 and the machine's limits."""
+    _measure("planish.bench.qgemm", json, threads, rounds, only=_names(only))
+
+
 def _width() -> int | None:
     """Columns of the tables: those of the terminal, and as many as they need in a file."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH

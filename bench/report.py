@@ -23,6 +23,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{limits['read_gbs']:.1f} GB/s read",
         highlight=False,
     )
+    if result["bench"] == "qgemm":
+        _show_qgemm(result, console)
+        return
     if result["bench"] == "softmax":
         console.print(_softmax(result["rows"]))
     else:
@@ -159,6 +162,23 @@ def _kernels(kernels: list[dict[str, Any]]) -> Table:
             )
         )
     return _table(columns, cells)
+
+
+def _show_qgemm(result: dict[str, Any], console: Console) -> None:
+    """Every format at every shape: its speed against the limit that holds for it, and against fp32."""
+    columns = ("format", "M x N x K", "ms", "GOP/s", "GB/s", "of the limit", "x fp32", "rel. error")
+    fp32 = {tuple(k["shape"]): k["ms"] for k in result["kernels"] if k["name"] == "fp32"}
+    cells: list[tuple[str, ...]] = []
+    for k in result["kernels"]:
+        base, gbs = fp32.get(tuple(k["shape"])), k["gbs"]
+        limit = "FMA peak" if gbs is None else "read"
+        figures = (f"{k['ms']:.3f}", f"{k['gflops']:.0f}", _figure(gbs, ".1f"), f"{k['share_of_limit']:.2f} {limit}")
+        against = "" if base is None else f"{base / k['ms']:.2f}"
+        cells.append((k["name"], "x".join(map(str, k["shape"])), *figures, against, _figure(k["rel_err"], ".1e")))
+    console.print(_table(columns, cells))
+    console.print(Text(f"limit of products of bytes: {result['int8_limit_gops']:.0f} GOP/s, four times the FMA peak"))
+    found = ", ".join(f"{n} {e:.3f}" if isinstance(e, float) else f"{n}: {e}" for n, e in result["mlp_rel_err"].items())
+    console.print(Text(f"relative error on a full-range perceptron: {found}"))
 
 
 def _figures(result: dict[str, Any]) -> list[str]:

@@ -52,6 +52,8 @@ class KernelRow:
         ms: one call.
         gflops: 1e9 floating-point operations per second; 0 where it computes none.
         share_of_limit: gflops over the measured FMA peak; None where it computes none.
+        gbs: 1e9 bytes of packed weights per second, where that was asked.
+        rel_err: distance of the result from the fp32 layer's, ``|got - want| / |want|``, where that was asked.
     """
 
     name: str
@@ -62,6 +64,8 @@ class KernelRow:
     ms: float
     gflops: float
     share_of_limit: float | None
+    gbs: float | None = None
+    rel_err: float | None = None
 
 
 @dataclass(frozen=True)

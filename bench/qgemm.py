@@ -1,0 +1,159 @@
+"""The benchmark of linear layers on integer codes: every format at several shapes, against the machine's limits."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from planish.bench import MIN_ROUNDS, limits
+from planish.bench.mlp import errors
+from planish.bench.result import BenchResult, KernelRow
+from planish.errors import UnknownNameError
+from planish.formats import Format, quantise
+from planish.ops import planish_ops
+from planish.targets import Target
+
+FP32 = "fp32"
+FORMATS = ("w8a8", "w6a8", "w6a8-g32", "w5a8", "w5a8-g32", "w4a8", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
+
+SHAPES = ((144, 3072, 768), (1, 3072, 768), (4, 3072, 768), (16, 3072, 768))
+SHAPES += ((1000, 384, 384), (1000, 1536, 384), (1000, 384, 1536), (130, 576, 576))
+"""M, N, K."""
+
+VECTOR = ("w8a8", "w4a8-g32", "w4a8-g128", "w2a8-g32")
+"""Formats that also multiply one row by a matrix that no cache holds."""
+
+VECTOR_DEPTH = 4096
+BEYOND = 4
+"""Such a matrix is at least so many times as large as the last-level cache."""
+
+CALLS_MS = 20.0
+"""Time of a round at least: a short call is timed several times in a row."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run.
+
+    Attributes:
+        threads: of the compiled layers and the limits.
+        rounds: times all formats of a shape are timed in turn.
+        only: formats to run; all if empty.
+    """
+
+    threads: int
+    rounds: int = 11
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rounds < MIN_ROUNDS:
+            raise ValueError(f"rounds is {self.rounds}: a median needs at least {MIN_ROUNDS}")
+        for name in self.only:
+            if name not in FORMATS:
+                raise UnknownNameError(f"no format {name!r} in this benchmark", fix="use some of: " + ",".join(FORMATS))
+
+
+class Layer(torch.nn.Module):
+    """A linear layer whose weight is stored in a format."""
+
+    def __init__(self, codes: tuple[Any, ...], form: str) -> None:
+        super().__init__()
+        for name, value in zip(("codes", "scales", "minimums"), codes, strict=True):
+            self.register_buffer(name, value)
+        self.form = form
+
+    def forward(self, x: Any) -> torch.Tensor:
+        """Of rows [M, K]."""
+        return planish_ops.quantized_linear(x, self.codes, self.scales, self.minimums, None, None, self.form)
+
+
+def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str], None]) -> BenchResult:
+    """Run the benchmark.
+
+    Args:
+        options: what to run.
+        compile_model: ``planish.compile``.
+        log: told the name of each phase.
+    """
+    torch.set_num_threads(options.threads)
+    names = options.only or FORMATS
+    with torch.inference_mode(), limits.probe(options.threads) as probe:
+        found = limits.measure(probe)
+        kernels: list[KernelRow] = []
+        for shape in SHAPES:
+            log(f"{'x'.join(map(str, shape))}, {len(names)} formats and fp32")
+            kernels += _products(shape, names, options.rounds, compile_model)
+            found = _better(found, limits.measure(probe))
+        for name in [n for n in VECTOR if n in names]:
+            log(f"one row by a matrix beyond the caches, {name}")
+            kernels.append(_vector(name, options.rounds, compile_model))
+        log("error of a multilayer perceptron")
+        measured = limits.combine(found, limits.measure(probe))
+    kernels = [
+        k if k.gbs is not None else replace(k, share_of_limit=k.gflops / measured["fma_gflops"]) for k in kernels
+    ]
+    kernels = [k if k.gbs is None else replace(k, share_of_limit=k.gbs / measured["read_gbs"]) for k in kernels]
+    extra = {"int8_limit_gops": INT8_LIMIT * measured["fma_gflops"], "mlp_rel_err": errors(compile_model)}
+    return BenchResult("qgemm", options.threads, measured, [], kernels, [], extra)
+
+
+INT8_LIMIT = 4.0
+"""Products of bytes per product in fp32 that AVX2's multipliers do: 32 in a vector against 8."""
+
+
+def _better(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str, float]:
+    return {key: max(one[key], two[key]) for key in one}
+
+
+def _products(
+    shape: tuple[int, int, int], names: tuple[str, ...], rounds: int, compile_model: Callable[..., Any]
+) -> list[KernelRow]:
+    """A row for fp32 and each format; all are timed in turn."""
+    m, n, k = shape
+    generator = torch.Generator().manual_seed(n + k)
+    x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator) / k**0.5
+    exact = torch.nn.Linear(k, n, bias=False).eval().requires_grad_(False)
+    exact.weight.copy_(weight)
+    models: dict[str, torch.nn.Module] = {FP32: exact}
+    for name in names:
+        held = quantise(weight, Format.parse(name).weight)
+        models[name] = Layer((held.codes, held.scales, held.minimums), name).eval()
+    calls = {name: compile_model(model, (x,), cache=False) for name, model in models.items()}
+    times = _times(calls, x, rounds)
+    want, rows = exact(x), list[KernelRow]()
+    for name, call in calls.items():
+        ms, gflops = times[name], 2e-6 * m * n * k / times[name]
+        error = ((call(x) - want).norm() / want.norm()).item()
+        rows.append(KernelRow(name, "qgemm", [m, n, k], 1, [m, k], ms, gflops, None, rel_err=error))
+    return rows
+
+
+def _vector(name: str, rounds: int, compile_model: Callable[..., Any]) -> KernelRow:
+    """One row by a matrix of random codes; its share is of the read bandwidth."""
+    form, k = Format.parse(name).weight, VECTOR_DEPTH
+    per_row = form.nbytes(1, k)
+    n = -(-BEYOND * Target.host().llc_bytes // per_row // 64) * 64
+    generator = torch.Generator().manual_seed(n)
+    codes = torch.randint(0, 1 << form.bits, (n, k), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(n, form.groups(k), generator=generator).to(form.scale_dtype) / k
+    x = torch.randn(1, k, generator=generator)
+    call = compile_model(Layer((codes, scales, None), name).eval(), (x,), cache=False)
+    ms = _times({name: call}, x, rounds)[name]
+    return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, None, gbs=form.nbytes(n, k) / ms / 1e6)
+
+
+def _times(calls: Mapping[str, Any], x: torch.Tensor, rounds: int) -> dict[str, float]:
+    """Median ms of each call's kernels alone, timed in turn."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        ms = sum(time.ms for time in call.kernels((x,), repeats=3))
+        repeats[name] = max(3, int(CALLS_MS / ms))
+    for _ in range(rounds):
+        for name, call in calls.items():
+            samples[name].append(sum(time.ms for time in call.kernels((x,), repeats=repeats[name])))
+    return {name: statistics.median(ms) for name, ms in samples.items()}
