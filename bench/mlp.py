@@ -57,9 +57,8 @@ def _onnxruntime(model: torch.nn.Sequential, x: torch.Tensor) -> torch.Tensor:
             nodes += [make.make_node("Relu", [value], [f"y{i}"])]
         value = f"y{i}"
     ends = [make.make_tensor_value_info(n, onnx.TensorProto.FLOAT, [None, WIDTH]) for n in ("x", value)]
-    graph = make.make_model(
-        make.make_graph(nodes, "mlp", ends[:1], ends[1:], held), opset_imports=[make.make_opsetid("", 17)]
-    )
+    graph = make.make_graph(nodes, "mlp", ends[:1], ends[1:], held)
+    whole = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=10)
     with tempfile.TemporaryDirectory(prefix="planish-onnx-") as folder:
         exact, small = Path(folder, "exact.onnx"), Path(folder, "int8.onnx")
         onnx.save(whole, str(exact))

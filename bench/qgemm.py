@@ -13,7 +13,7 @@ from planish.bench import MIN_ROUNDS, limits
 from planish.bench.mlp import errors
 from planish.bench.result import BenchResult, KernelRow
 from planish.errors import UnknownNameError
-from planish.formats import Format, quantise
+from planish.formats import Format, Quantized, quantise
 from planish.ops import planish_ops
 from planish.targets import Target
 
@@ -60,15 +60,16 @@ class Options:
 class Layer(torch.nn.Module):
     """A linear layer whose weight is stored in a format."""
 
-    def __init__(self, codes: tuple[Any, ...], form: str) -> None:
+    def __init__(self, held: Quantized, form: str) -> None:
         super().__init__()
-        for name, value in zip(("codes", "scales", "minimums"), codes, strict=True):
+        for name, value in held.stored.items():
             self.register_buffer(name, value)
         self.form = form
 
     def forward(self, x: Any) -> torch.Tensor:
         """Of rows [M, K]."""
-        return planish_ops.quantized_linear(x, self.codes, self.scales, self.minimums, None, None, self.form)
+        held = (self.codes, self.scales, self.minimums, self.channels)
+        return planish_ops.quantized_linear(x, *held, None, None, self.form)
 
 
 def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str], None]) -> BenchResult:
@@ -120,8 +121,7 @@ def _products(
     exact.weight.copy_(weight)
     models: dict[str, torch.nn.Module] = {FP32: exact}
     for name in names:
-        held = quantise(weight, Format.parse(name).weight)
-        models[name] = Layer((held.codes, held.scales, held.minimums), name).eval()
+        models[name] = Layer(quantise(weight, Format.parse(name).weight), name).eval()
     calls = {name: compile_model(model, (x,), cache=False) for name, model in models.items()}
     times = _times(calls, x, rounds)
     want, rows = exact(x), list[KernelRow]()
@@ -139,9 +139,10 @@ def _vector(name: str, rounds: int, compile_model: Callable[..., Any]) -> Kernel
     n = -(-BEYOND * Target.host().llc_bytes // per_row // 64) * 64
     generator = torch.Generator().manual_seed(n)
     codes = torch.randint(0, 1 << form.bits, (n, k), dtype=torch.uint8, generator=generator)
-    scales = torch.rand(n, form.groups(k), generator=generator).to(form.scale_dtype) / k
+    scales = (100 * torch.rand(n, form.groups(k), generator=generator)).to(form.scale_dtype)
+    channels = torch.full((n,), 1e-6) if form.two_level else None
     x = torch.randn(1, k, generator=generator)
-    call = compile_model(Layer((codes, scales, None), name).eval(), (x,), cache=False)
+    call = compile_model(Layer(Quantized(form, codes, scales, None, channels), name).eval(), (x,), cache=False)
     ms = _times({name: call}, x, rounds)[name]
     return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, None, gbs=form.nbytes(n, k) / ms / 1e6)
 

@@ -2,12 +2,14 @@
 
 A weight [N, K] is stored as unsigned codes with a scale and a minimum for each group of consecutive input features of
 an output feature: ``w = scale * code + minimum``. A symmetric format keeps no minimum: it is ``-scale * 2^(bits-1)``.
+Scales of a symmetric format's groups are small integers times one fp32 number per output feature (below 8 bits), so
+that the sums of all groups add up as integers.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,9 +57,15 @@ class WeightFormat:
         return f"w{self.bits}{group}{'' if self.symmetric else '-min'}"
 
     @property
+    def two_level(self) -> bool:
+        """Whether scales are integers times a number per output feature: rounding them is less than a step of the codes
+        then, but not of codes of 8 bits."""
+        return self.symmetric and self.group is not None and self.bits < 8
+
+    @property
     def scale_dtype(self) -> torch.dtype:
-        """fp16 where there are many scales, as in GGUF; fp32 where there is one per output feature."""
-        return torch.float16 if self.group else torch.float32
+        """int8 at two levels, fp16 for other groups, as in GGUF, and fp32 where there is one per output feature."""
+        return torch.int8 if self.two_level else torch.float16 if self.group else torch.float32
 
     def groups(self, depth: int) -> int:
         """Groups of ``depth`` input features; the last may be smaller."""
@@ -66,7 +74,7 @@ class WeightFormat:
     def nbytes(self, features: int, depth: int) -> int:
         """Bytes of a weight [features, depth]: whole bytes of codes for each output feature, scales and minimums."""
         numbers = 1 if self.symmetric else 2
-        scales = self.groups(depth) * numbers * self.scale_dtype.itemsize
+        scales = self.groups(depth) * numbers * self.scale_dtype.itemsize + (4 if self.two_level else 0)
         return features * (-(-depth * self.bits // 8) + scales)
 
 
@@ -118,25 +126,35 @@ def _listed(values: tuple[object, ...]) -> str:
 class Quantized:
     """A weight in a format: ``codes`` uint8 [N, K], ``scales`` and ``minimums`` [N, groups] in the format's dtype.
 
-    ``minimums`` is None for a symmetric format.
+    ``minimums`` is None for a symmetric format, ``channels``, fp32 [N], for one whose scales have one level.
     """
 
     format: WeightFormat
     codes: Tensor
     scales: Tensor
     minimums: Tensor | None
+    channels: Tensor | None
+
+    @property
+    def stored(self) -> dict[str, Tensor | None]:
+        """What there is to keep, in the order of ``planish::quantized_linear``."""
+        return {"codes": self.codes, "scales": self.scales, "minimums": self.minimums, "channels": self.channels}
 
     def dequantise(self) -> Tensor:
         """The weight that the codes stand for, fp32 [N, K]."""
         depth = self.codes.shape[1]
-        wide = [_spread(t.float(), self.format, depth) for t in (self.scales, self.lowest())]
-        return self.codes.float() * wide[0] + wide[1]
+        step, lowest = (_spread(t, self.format, depth) for t in (self.steps(), self.lowest()))
+        return self.codes.float() * step + lowest
+
+    def steps(self) -> Tensor:
+        """Distance of two codes, fp32 [N, groups]."""
+        return self.scales.float() if self.channels is None else self.scales.float() * self.channels[:, None]
 
     def lowest(self) -> Tensor:
         """What code 0 stands for, fp32 [N, groups]."""
         if self.minimums is not None:
             return self.minimums.float()
-        return self.scales.float() * -float(1 << (self.format.bits - 1))
+        return self.steps() * -float(1 << (self.format.bits - 1))
 
 
 def quantise(weight: Tensor, form: WeightFormat) -> Quantized:
@@ -160,21 +178,22 @@ def quantise(weight: Tensor, form: WeightFormat) -> Quantized:
     grouped = torch.nn.functional.pad(weight.float(), (0, -depth % group), value=float("nan")).unflatten(1, (-1, group))
     low = grouped.nan_to_num(nan=float("inf")).amin(2)
     high = grouped.nan_to_num(nan=float("-inf")).amax(2)
-    minimums = None
+    minimums = channels = None
     if form.symmetric:
-        extreme = torch.where(high > -low, high, low)
-        scales = (extreme / -float(1 << (form.bits - 1))).to(form.scale_dtype)
-        lowest = scales.float() * -float(1 << (form.bits - 1))
+        scales = torch.where(high > -low, high, low) / -float(1 << (form.bits - 1))
+        if form.two_level:
+            channels = scales.abs().amax(1) / LARGEST_CODE
+            scales = (scales / channels[:, None]).nan_to_num(nan=0.0).round()
+        scales = scales.to(form.scale_dtype)
     else:
         minimums = low.to(form.scale_dtype)
-        lowest = minimums.float()
-        scales = ((high - lowest) / float((1 << form.bits) - 1)).to(form.scale_dtype)
-    if not (scales.isfinite().all() and lowest.isfinite().all()):
+        scales = ((high - minimums.float()) / float((1 << form.bits) - 1)).to(form.scale_dtype)
+    held = Quantized(form, torch.empty(0), scales, minimums, channels)
+    lowest, step = held.lowest(), _spread(held.steps(), form, depth)
+    if not (held.steps().isfinite().all() and lowest.isfinite().all()):
         raise ValueError("the weight's scales are too large for fp16: use a format with one scale for each row")
-    step = _spread(scales.float(), form, depth)
     codes = ((weight.float() - _spread(lowest, form, depth)) / step).nan_to_num(nan=0.0)
-    codes = codes.round().clamp(0, (1 << form.bits) - 1).to(torch.uint8)
-    return Quantized(form, codes, scales, minimums)
+    return replace(held, codes=codes.round().clamp(0, (1 << form.bits) - 1).to(torch.uint8))
 
 
 def _spread(numbers: Tensor, form: WeightFormat, depth: int) -> Tensor:

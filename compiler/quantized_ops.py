@@ -14,6 +14,7 @@ def quantized_linear(
     codes: Tensor,
     scales: Tensor,
     minimums: Tensor | None,
+    channels: Tensor | None,
     bias: Tensor | None,
     input_scale: float | None,
     format: str,
@@ -28,16 +29,17 @@ def quantized_linear(
 
     Args:
         x: [..., K].
-        codes: of the weight, uint8 [N, K]; see ``planish.formats``, also for the next two.
+        codes: of the weight, uint8 [N, K]; see ``planish.formats``, also for the next three.
         scales: [N, groups].
         minimums: [N, groups], of an asymmetric format.
+        channels: [N], of a format with scales at two levels.
         bias: [N].
         input_scale: of all rows; None to find each row's own.
         format: its name, as in ``Format.parse``.
         outliers: input features that stay fp32, int64 [C].
         outlier_weight: their weights, fp32 [C, N].
     """
-    weight = Quantized(Format.parse(format).weight, codes, scales, minimums)
+    weight = Quantized(Format.parse(format).weight, codes, scales, minimums, channels)
     group = weight.format.group or codes.shape[1]
     inner = x if outliers is None else x.index_fill(-1, outliers, 0.0)
     of_x, row_scales = quantise_rows(inner, input_scale)
@@ -45,7 +47,7 @@ def quantized_linear(
     parts = zip(of_x.split(group, -1), codes.split(group, -1), strict=True)
     for g, (a, w) in enumerate(parts):
         exact = a.double() @ w.double().T  # integers below 2^53
-        result += weight.scales[:, g].double() * exact
+        result += weight.steps()[:, g].double() * exact
         result += weight.lowest()[:, g].double() * a.double().sum(-1, keepdim=True)
     result = result * row_scales.double()
     if outliers is not None and outlier_weight is not None:
@@ -59,6 +61,7 @@ def _(
     codes: Tensor,
     scales: Tensor,
     minimums: Tensor | None,
+    channels: Tensor | None,
     bias: Tensor | None,
     input_scale: float | None,
     format: str,

@@ -14,7 +14,7 @@ import tvm
 
 from planish.backends.tvm import integer_tile
 from planish.backends.tvm.codegen import _object_code, llvm_target
-from planish.formats import BITS, WeightFormat
+from planish.formats import BITS, Quantized, WeightFormat
 from planish.targets import TARGETS, host_isa_levels
 
 pytestmark = [
@@ -90,33 +90,31 @@ def test_a_tile_is_exact(form: WeightFormat, compiled: Callable[..., ctypes.CDLL
         functions["unpack"] = integer_tile.build_unpacking("unpack", form)
     library = compiled(functions)
     torch.manual_seed(form.bits)
-    for depth in (32, 200, 576):
+    for depth in (32, 200, 576, 5000):
         for kind in ("random", "highest", "lowest"):
             of_a, of_b, numbers = operands(form, most, width, depth, kind)
             for rows, biased in ((1, False), (most, True)):
-                got = call(library, form, of_a[:rows], of_b, numbers, biased)
-                want = reference(form, of_a[:rows], of_b, numbers, biased)
+                got = call(library, of_a[:rows], of_b, numbers, biased)
+                want = reference(of_a[:rows], of_b, numbers, biased)
                 torch.testing.assert_close(got.double(), want, rtol=2e-6, atol=1e-6 * want.abs().max().item())
 
 
 def operands(
     form: WeightFormat, rows: int, width: int, depth: int, kind: str
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Codes of A and B, and the numbers that scale them."""
+) -> tuple[torch.Tensor, Quantized, dict[str, torch.Tensor]]:
+    """Codes of A, B in its format, scales of the rows and a bias."""
     top = (1 << form.bits) - 1
     of_a = torch.randint(-127, 128, (rows, depth), dtype=torch.int8)
-    of_b = torch.randint(0, top + 1, (width, depth), dtype=torch.uint8)
+    codes = torch.randint(0, top + 1, (width, depth), dtype=torch.uint8)
+    groups = form.groups(depth)
+    scales = torch.randint(-127, 128, (width, groups)) if form.two_level else torch.rand(width, groups)
     if kind != "random":
         of_a[:] = 127 if kind == "highest" else -127
-        of_b[:] = top
-    groups = form.groups(depth)
-    numbers = {
-        "scales": torch.rand(width, groups).to(form.scale_dtype),
-        "minimums": -torch.rand(width, groups).to(form.scale_dtype),
-        "rows": torch.rand(rows),
-        "bias": torch.randn(width),
-    }
-    return of_a, of_b, numbers
+        codes[:] = top if kind == "highest" else 0
+        scales[:] = 127 if form.two_level else scales
+    least = None if form.symmetric else -torch.rand(width, groups).to(form.scale_dtype)
+    held = Quantized(form, codes, scales.to(form.scale_dtype), least, torch.rand(width) if form.two_level else None)
+    return of_a, held, {"rows": torch.rand(rows), "bias": torch.randn(width)}
 
 
 def sums(form: WeightFormat, of_a: torch.Tensor) -> torch.Tensor:
@@ -125,48 +123,60 @@ def sums(form: WeightFormat, of_a: torch.Tensor) -> torch.Tensor:
     return torch.stack([p.sum(1) for p in parts], 1)
 
 
-def reference(
-    form: WeightFormat, of_a: torch.Tensor, of_b: torch.Tensor, numbers: dict[str, torch.Tensor], biased: bool
-) -> torch.Tensor:
+def reference(of_a: torch.Tensor, of_b: Quantized, numbers: dict[str, torch.Tensor], biased: bool) -> torch.Tensor:
     """The tile's result from int64 sums, in fp64."""
-    group = form.group or of_a.shape[1]
-    scales = numbers["scales"].double()
-    least = scales * -(1 << (form.bits - 1)) if form.symmetric else numbers["minimums"].double()
-    products = zip(of_a.long().split(group, 1), of_b.long().split(group, 1), strict=True)
-    total = sum(scales[:, g] * (a @ b.T) for g, (a, b) in enumerate(products))
-    total = (total + sums(form, of_a).double() @ least.T) * numbers["rows"][: len(of_a), None].double()
+    group, steps = of_b.format.group or of_a.shape[1], of_b.scales.double()
+    steps = steps if of_b.channels is None else steps * of_b.channels.double()[:, None]
+    middle = 1 << (of_b.format.bits - 1) if of_b.format.symmetric else 0
+    products = zip(of_a.long().split(group, 1), (of_b.codes.long() - middle).split(group, 1), strict=True)
+    total = sum(steps[:, g] * (a @ b.T) for g, (a, b) in enumerate(products))
+    if of_b.minimums is not None:
+        total = total + sums(of_b.format, of_a).double() @ of_b.minimums.double().T
+    total = total * numbers["rows"][: len(of_a), None].double()
     return total + numbers["bias"] if biased else total
 
 
 def call(
-    library: ctypes.CDLL,
-    form: WeightFormat,
-    of_a: torch.Tensor,
-    of_b: torch.Tensor,
-    numbers: dict[str, torch.Tensor],
-    biased: bool,
+    library: ctypes.CDLL, of_a: torch.Tensor, of_b: Quantized, numbers: dict[str, torch.Tensor], biased: bool
 ) -> torch.Tensor:
     """Run the tile; with a bias its last vector is stored in part, and what follows must stay as it was."""
-    rows, depth = of_a.shape
-    width = of_b.shape[0]
-    padded = torch.nn.functional.pad(of_a, (0, -depth % 32)).to(getattr(torch, integer_tile.activation_dtype(form)))
+    form, (rows, depth), width = of_b.format, of_a.shape, len(of_b.codes)
+    exact = integer_tile.sums_in_integers(form)
+    shifted = of_a.short() + (integer_tile.SHIFT if exact else 0)
+    dtype = getattr(torch, integer_tile.activation_dtype(form))
+    padded = torch.nn.functional.pad(shifted, (0, -depth % 32)).to(dtype).contiguous()
     groups = form.groups(depth)
-    of_groups = (sums(form, of_a) * integer_tile.sum_factor(form)).int().contiguous()
-    result = torch.full((rows, width), 7.0)
-    packed = integer_tile.packed_codes(of_b, form)
+    packed = integer_tile.packed_codes(of_b.codes, form)
     if biased and form.bits < 8:
         tight, packed = packed, torch.empty(width * padded.shape[1], dtype=torch.uint8)
         sizes = (ctypes.c_void_p(tight.data_ptr()), ctypes.c_void_p(packed.data_ptr()), padded.shape[1] // 32)
         assert library.unpack(*sizes) == 0
-    tensors = [padded.contiguous(), packed, integer_tile.packed_numbers(numbers["scales"])]
-    tensors += [] if form.symmetric else [integer_tile.packed_numbers(numbers["minimums"])]
-    tensors += [of_groups, numbers["rows"][:rows].contiguous(), result] + ([numbers["bias"]] if biased else [])
+    result = torch.full((rows, width), 7.0)
+    tensors = [padded, packed]
+    if exact:
+        tensors += [integer_tile.packed_offsets(of_b.codes, of_b.scales, form)]
+        tensors += [integer_tile.packed_steps(of_b.scales)] if form.group else []
+        tensors += [integer_tile.packed_numbers(of_b.scales if of_b.channels is None else of_b.channels)]
+    else:
+        tensors += [integer_tile.packed_numbers(n) for n in (of_b.scales, of_b.minimums) if n is not None]
+        tensors += [(sums(form, of_a) * integer_tile.sum_factor(form)).int().contiguous()]
+    tensors += [numbers["rows"][:rows].contiguous(), result] + ([numbers["bias"]] if biased else [])
     lda = padded.shape[1] * padded.element_size() // 4
     sizes = [lda, groups, width, padded.shape[1] // 32]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in tensors]
     assert getattr(library, f"tile{rows}{biased:d}")(*pointers, *map(ctypes.c_int, sizes)) == 0
     if biased:
         assert (result[:, width - 3 :] == 7.0).all()
-        want = reference(form, of_a, of_b, numbers, biased).float()
-        result[:, width - 3 :] = want[:, width - 3 :]
+        result[:, width - 3 :] = reference(of_a, of_b, numbers, biased).float()[:, width - 3 :]
     return result
+
+
+@pytest.mark.parametrize("form", [f for f in FORMS if integer_tile.sums_in_integers(f)], ids=lambda f: f.name)
+def test_sums_of_a_block_fit_int32(form: WeightFormat) -> None:
+    """From the start that the shift needs to the last unit, whatever the codes and scales."""
+    units, middle, scale = integer_tile.units_of_block(form), 1 << (form.bits - 1), 127 if form.group else 1
+    products = 255 * middle * scale * integer_tile.UNIT * units
+    offset = 128 * middle * scale * integer_tile.UNIT * units
+    assert products + offset < 1 << 31
+    assert integer_tile.blocks(form, integer_tile.UNIT * units) == 1
+    assert integer_tile.blocks(form, integer_tile.UNIT * units + 1) == 2

@@ -56,7 +56,7 @@ def quantised(
 
 def forms(program: Program) -> list[str]:
     """The formats of the layers, in order."""
-    return [str(n.args[6]) for n in program.nodes() if n.target is QUANTIZED_LINEAR]
+    return [str(n.args[7]) for n in program.nodes() if n.target is QUANTIZED_LINEAR]
 
 
 def test_every_layer_gets_the_format_and_the_head_its_own() -> None:
@@ -134,9 +134,9 @@ def test_a_static_scale_is_the_largest_value_of_the_calibration() -> None:
     x = data(2, 5, 64)
     program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head=""), (x, 3 * x))
     first = next(n for n in program.nodes() if n.target is QUANTIZED_LINEAR)
-    assert first.args[5] == pytest.approx(3 * x.abs().max().item() / 127)
+    assert first.args[6] == pytest.approx(3 * x.abs().max().item() / 127)
     plain, _ = quantised(block(), x, QuantizeUniform("w8a8"), (x,))
-    assert next(n for n in plain.nodes() if n.target is QUANTIZED_LINEAR).args[5] is None
+    assert next(n for n in plain.nodes() if n.target is QUANTIZED_LINEAR).args[6] is None
 
 
 def test_the_bias_takes_up_the_mean_of_what_rounding_takes_away() -> None:
@@ -158,8 +158,8 @@ def test_the_largest_channels_stay_fp32_and_are_reported() -> None:
     x[:, 0, 20] = 500.0
     program, step = quantised(block(), x, QuantizeUniform("w8a8-static", head="", outliers=2), (x,))
     first = next(n for n in program.nodes() if n.target is QUANTIZED_LINEAR)
-    assert getattr(program.module, str(first.args[7].target)).tolist() == [7, 20]
-    assert first.args[5] < 0.1
+    assert getattr(program.module, str(first.args[8].target)).tolist() == [7, 20]
+    assert first.args[6] < 0.1
     (note,) = [n for n in step.notes if n.node == first.name]
     assert note.text.startswith("channel 20 of its input reaches 500")
     assert "at first tokens only; 2 channels stay fp32" in note.text

@@ -21,14 +21,14 @@ class Quantized(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, form: str, input_scale: float | None = None) -> None:
         super().__init__()
         held = quantise(weight, Format.parse(form).weight)
-        for name, value in (("codes", held.codes), ("scales", held.scales), ("minimums", held.minimums)):
+        for name, value in held.stored.items():
             self.register_buffer(name, value)
         self.register_buffer("bias", bias)
         self.form, self.input_scale = form, input_scale
 
     def forward(self, x: Any) -> Tensor:
         """Of rows [..., K]."""
-        held = (self.codes, self.scales, self.minimums, self.bias)
+        held = (self.codes, self.scales, self.minimums, self.channels, self.bias)
         return planish_ops.quantized_linear(x, *held, self.input_scale, self.form)
 
 
@@ -97,7 +97,7 @@ def test_outliers_stay_fp32_and_do_not_decide_the_scale(form: str) -> None:
             self.register_buffer("exact", weight[:, features].T.contiguous())
 
         def forward(self, x: Any) -> Tensor:
-            held = (self.codes, self.scales, self.minimums, self.bias)
+            held = (self.codes, self.scales, self.minimums, self.channels, self.bias)
             return planish_ops.quantized_linear(x, *held, self.input_scale, self.form, self.features, self.exact)
 
     scale = 0.03 if "static" in form else None
@@ -158,7 +158,7 @@ def test_what_has_no_kernel_says_why(form: str, reason: str) -> None:
     class Computed(Quantized):
         def forward(self, x: Any) -> Tensor:
             codes = self.codes if form != "w8a8" else self.codes ^ x[:1, :1].to(torch.uint8)
-            return planish_ops.quantized_linear(x, codes, self.scales, None, None, None, form)
+            return planish_ops.quantized_linear(x, codes, self.scales, None, self.channels, None, None, form)
 
     model = Computed(torch.randn(8, 32), None, form).eval()
     with pytest.raises(UnsupportedOpsError, match=reason):

@@ -31,7 +31,10 @@ class TvmBackend:
         """Kernels, plan, weights blob and machine code of a Program."""
         lowering = Lowering(program, target, Module(target))
         lowering.lower()
-        constants = [(i, constant(program.module, n).detach(), layout, w) for i, n, layout, w in lowering.constants]
+        constants = [
+            (i, tuple(constant(program.module, n).detach() for n in nodes), layout, width)
+            for i, nodes, layout, width in lowering.constants
+        ]
         blob, offsets = build_blob(constants, target.lanes)
         main = build_main(program, lowering.plan, lowering.outputs, offsets)
         objects = _machine_code(lowering.module, main)

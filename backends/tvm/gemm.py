@@ -75,7 +75,7 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
     return Lowered(stem, k.function.func, k.operands, "qgemm" if forms else "gemm", tuple(shape), flops)
 
 
-_BYTES = {"float32": 4, "int32": 4, "int16": 2, "int8": 1}
+_BYTES = {"float32": 4, "int32": 4, "int16": 2, "int8": 1, "uint8": 1}
 
 
 @dataclass(frozen=True)

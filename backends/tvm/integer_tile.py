@@ -1,8 +1,13 @@
-"""The register-blocked tile of integer codes, for AVX2 without dot-product instructions, and the layout it reads.
+"""The register-blocked tiles of integer codes, for AVX2 without dot-product instructions, and the layouts they read.
 
-Sums of products are exact integers. Codes of up to 6 bits are multiplied as bytes (``vpmaddubsw``: unsigned weights by
-signed activations, pairs added in int16) and summed in int16 for as many steps as cannot overflow; codes of 8 bits as
-int16 (``vpmaddwd``), since pairs of full bytes would saturate. Every group's sum becomes fp32 once.
+Sums of products are exact integers. Codes of up to 6 bits are multiplied as bytes (``vpmaddubsw``: unsigned by signed,
+pairs added in int16) and summed in int16 for as many steps as cannot overflow; codes of 8 bits as int16
+(``vpmaddwd``), since pairs of full bytes would saturate.
+
+Symmetric formats below 8 bits have signed weights, and activations that are made unsigned by adding ``SHIFT``: what
+that adds to a sum depends on the weights alone, and is where the sums start (``packed_offsets``). ``vpmaddwd`` by the
+group's integer scale then widens an int16 sum, and all groups add up in int32. In other formats every group's sum
+becomes fp32 once, and the weights' minimum is added times the sum of the activations' codes.
 
 Where many rows share a panel of weights, its codes are unpacked to bytes once, before; with a few rows the tile unpacks
 them on the way, and reads less.
@@ -11,13 +16,14 @@ them on the way, and reads less.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, f32, function, i32, keep, lanes_at
+from planish.backends.tvm.builder import Expr, dtype_of, f32, function, i32, keep, lanes_at, lanes_of
 from planish.backends.tvm.microkernel import prefetch
 from planish.formats import LARGEST_CODE, WeightFormat
 
@@ -31,6 +37,9 @@ QUADS = UNIT // 4
 """Steps of a unit: ``vpmaddubsw`` and ``vpmaddwd`` together add up four products."""
 
 
+WORD_STEPS = 4
+"""Steps of 8-bit codes in an iteration of their loop."""
+
 VECTORS = 2
 """Vectors of columns of a tile."""
 
@@ -40,17 +49,26 @@ WIDTH = VECTORS * LANES
 
 def tile_rows(form: WeightFormat) -> int:
     """Rows of the largest tile: as many as keep their sums in registers, measured on a Zen 3."""
-    return 6 if form.bits == 8 else 4
+    return 4 if form.bits == 6 or not (form.symmetric or form.bits == 8) else 6
+
+
+SHIFT = 128
+"""What activations' codes are stored more by, to be unsigned."""
+
+
+def sums_in_integers(form: WeightFormat) -> bool:
+    """Whether all groups of a row add up in int32."""
+    return form.symmetric and form.bits < 8
 
 
 def activation_dtype(form: WeightFormat) -> str:
     """How the codes of activations stand in memory."""
-    return "int16" if form.bits == 8 else "int8"
+    return "uint8" if sums_in_integers(form) else "int16" if form.bits == 8 else "int8"
 
 
 def sum_factor(form: WeightFormat) -> int:
-    """What sums of activations' codes are multiplied by for the tile: in a symmetric format minus the code of 0."""
-    return (STORED_LESS if form.bits == 8 else 0) - (1 << (form.bits - 1)) if form.symmetric else 1
+    """What the sums of activations' codes are multiplied by for the tile, which subtracts ``STORED_LESS`` itself."""
+    return STORED_LESS - (1 << (form.bits - 1)) if form.symmetric else 1
 
 
 STORED_LESS = 128
@@ -63,13 +81,13 @@ def planes(bits: int) -> tuple[int, ...]:
 
 
 def packed_codes(codes: torch.Tensor, form: WeightFormat) -> torch.Tensor:
-    """Codes uint8 [N, K] as panels of columns, each [unit][vector][column], filled up with zeros.
+    """Codes uint8 [N, K] as panels of columns, each [unit][vector][column], filled up with codes of 0.
 
     8 bits: int8 [pair][vector][column][2], less ``STORED_LESS``. Fewer bits: for each plane of ``b`` bits ``b`` vectors
     of 32 bytes, [column][4] each; vector v holds quads ``8/b v`` and following, the first in the lowest bits.
     """
     n, depth = codes.shape
-    middle = 1 << (form.bits - 1) if form.bits == 8 else 0
+    middle = 1 << (form.bits - 1) if form.bits == 8 or form.symmetric else 0
     codes = torch.nn.functional.pad(codes, (0, -depth % UNIT, 0, -n % WIDTH), value=middle)
     if form.bits == 8:
         pairs = (codes.to(torch.int16) - STORED_LESS).to(torch.int8).view(-1, WIDTH, codes.shape[1] // 2, 2)
@@ -86,9 +104,36 @@ def packed_codes(codes: torch.Tensor, form: WeightFormat) -> torch.Tensor:
 
 
 def packed_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Scales or minimums [N, groups] as panels [group][column], filled up with zeros."""
+    """Scales, minimums [N, groups] or one number per column [N] as panels [group][column], filled up with zeros."""
+    numbers = numbers.view(len(numbers), -1)
     padded = torch.nn.functional.pad(numbers, (0, 0, 0, -numbers.shape[0] % WIDTH))
     return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).reshape(-1)
+
+
+def packed_steps(scales: torch.Tensor) -> torch.Tensor:
+    """Integer scales int8 [N, groups] as panels [group][column][2]: one for each int16 of a column's sum."""
+    return packed_numbers(scales).repeat_interleave(2)
+
+
+def units_of_block(form: WeightFormat) -> int:
+    """Units whose products add up in int32: each int16 sum is scaled by up to 127, or in one group by 1."""
+    scale = LARGEST_CODE if form.group else 1
+    most = (1 << 30) // (2 * ((1 << 15) - 1) * scale) * safe_quads(form.bits) // QUADS
+    return 1 << (most.bit_length() - 1)
+
+
+def blocks(form: WeightFormat, depth: int) -> int:
+    """Sums in int32 that ``depth`` input features need."""
+    return -(-depth // (UNIT * units_of_block(form)))
+
+
+def packed_offsets(codes: torch.Tensor, scales: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """Where the int32 sums start, [block][column] in panels: minus ``SHIFT`` times the scaled weights' sum."""
+    depth = codes.shape[1]
+    steps = scales.long().repeat_interleave(form.group, 1)[:, :depth] if form.group else 1
+    signed = (codes.long() - (1 << (form.bits - 1))) * steps
+    parts = signed.split(UNIT * units_of_block(form), 1)
+    return packed_numbers(torch.stack([part.sum(1) * -SHIFT for part in parts], 1).int())
 
 
 def packed_size(shape: tuple[int, int], form: WeightFormat) -> int:
@@ -106,12 +151,13 @@ def safe_quads(bits: int) -> int:
 
 
 def build_unpacking(symbol: str, form: WeightFormat) -> tirx.PrimFunc:
-    """The codes of a panel, of up to 6 bits, as bytes [unit][quad][vector][column][4].
+    """The codes of a panel, of up to 6 bits, as bytes [unit][quad][vector][column][4]; signed in a symmetric format.
 
     Parameters: packed codes, the bytes, then the units.
     """
     with function(symbol) as f:
-        (packed, unpacked), (units,) = f.parameters(["uint8", "uint8"], 1, align=4)
+        signed = sums_in_integers(form)
+        (packed, unpacked), (units,) = f.parameters(["uint8", "int8" if signed else "uint8"], 1, align=4)
         with T.serial(0, units) as unit:
             for quad in range(QUADS):
                 for v in range(VECTORS):
@@ -125,46 +171,37 @@ def build_unpacking(symbol: str, form: WeightFormat) -> tirx.PrimFunc:
 def build_integer_tile(
     symbol: str, form: WeightFormat, rows: int, columns: int, *, biased: bool, unpacked: bool
 ) -> tirx.PrimFunc:
-    """C[rows, columns] = scale_row (sum over groups of scale (sum of code products) + minimum (sum of codes)) + bias.
+    """C[rows, columns] = scale_row times (scaled sums of products of codes) + bias, ``columns`` of a panel.
 
-    Parameters: codes of A (as int32), of B (with ``unpacked`` as ``build_unpacking`` leaves them), scales of B, with an
-    asymmetric format the minimums of B; for each row and group the sum of A's codes times ``sum_factor``; scales of
-    the rows, C, with ``biased`` the bias. Then the elements between rows of A (int32), of the sums and of C, and the
-    units of B. ``columns`` of a panel are stored.
+    Parameters: codes of A (as int32), of B (with ``unpacked`` as ``build_unpacking`` leaves them), then
+
+    - where sums are integers: offsets, with groups their steps, scales of the columns; of the rows; C;
+    - else: scales of B, with an asymmetric format its minimums; for each row and group the sum of A's codes times
+      ``sum_factor``; scales of the rows; C;
+
+    with ``biased`` the bias. Then the elements between rows of A (int32), of the sums and of C, and the units of B.
     """
-    number = "float16" if form.group else "float32"
-    pointers = ["int32", "int8" if form.bits == 8 else "uint8", number, *([] if form.symmetric else [number])]
-    pointers += ["int32", "float32", "float32", *(["float32"] if biased else [])]
+    exact = sums_in_integers(form)
+    pointers = ["int32", "int8" if form.bits == 8 or (exact and unpacked) else "uint8"]
+    if exact:
+        pointers += ["int32", *(["int8"] if form.group else []), "float32"]
+    else:
+        number = "float16" if form.group else "float32"
+        pointers += [number, *([] if form.symmetric else [number]), "int32"]
+    pointers += ["float32", "float32", *(["float32"] if biased else [])]
     with function(symbol) as f:
         given, (lda, lds, ldc, units) = f.parameters(pointers, 4, align=2)
-        a, b, scales, *given = given
-        minimums = None if form.symmetric else given.pop(0)
-        sums, row_scales, c, *bias = given
-        for i in range(rows):  # or the stores of the sums between groups wait behind those of C
+        a, b, *numbers = given
+        *numbers, row_scales, c = numbers[:-1] if biased else numbers
+        for i in range(rows):  # or the stores of sums wait behind those of C
             prefetch(T.address_of(c[i * ldc]), level=1, write=True)
         total = _registers(rows, "float32")
-        _fill(total, lambda i: T.broadcast(f32(0.0), LANES))
-        per_group = units if form.group is None else form.group // UNIT
-        groups = i32(1) if form.group is None else T.floordiv(units + (per_group - 1), per_group)
-        with T.serial(0, groups) as g:
-            exact = _registers(rows, "int32")
-            factor = 1 if form.symmetric else STORED_LESS if form.bits == 8 else 0
-            _fill(exact, lambda i: T.broadcast(sums[i * lds + g] * factor if factor else i32(0), LANES))
-            first = T.bind(g * per_group)
-            with T.serial(first, T.bind(T.min(first + per_group, units))) as unit:
-                if form.bits == 8:
-                    _unit_of_words(a, lda, b, unit, exact)
-                else:
-                    _unit_of_bytes(form, a, lda, _codes_of_unit(form, b, unit, unpacked=unpacked), unit, exact)
-            places = [lanes_at((g * VECTORS + v) * LANES, LANES) for v in range(VECTORS)]
-            wide = [T.bind(T.cast(scales[at], f"float32x{LANES}")) for at in places]
-            least = [] if minimums is None else [T.bind(T.cast(minimums[at], f"float32x{LANES}")) for at in places]
-            for i in range(rows):
-                for v in range(VECTORS):
-                    value = total[i][v][_WHOLE] + T.cast(exact[i][v][_WHOLE], f"float32x{LANES}") * wide[v]
-                    if least:
-                        value = value + T.broadcast(T.cast(sums[i * lds + g], "float32"), LANES) * least[v]
-                    T.buffer_store(total[i][v], value, [_WHOLE])
+        _fill(total, lambda i, v: T.broadcast(f32(0.0), LANES))
+        tile = _Tile(form, rows, a, lda, b, units, total, unpacked=unpacked)
+        if exact:
+            tile.blocks(numbers)
+        else:
+            tile.groups(numbers, lds)
         for i in range(rows):
             scale = T.bind(T.broadcast(row_scales[i], LANES))
             for v in range(-(-columns // LANES)):
@@ -172,7 +209,7 @@ def build_integer_tile(
                 count = min(LANES, columns - v * LANES)
                 for at in [lanes_at(0, LANES)] if count == LANES else range(count):
                     value = total[i][v][at]
-                    value = value + bias[0][v * LANES + at] if bias else value
+                    value = value + given[-1][v * LANES + at] if biased else value
                     T.buffer_store(c, value, [i * ldc + v * LANES + at])
     assert f.func is not None
     return f.func
@@ -185,64 +222,137 @@ def _registers(rows: int, dtype: str) -> list[list[Any]]:
     return [[T.alloc_buffer((LANES,), dtype) for _ in range(VECTORS)] for _ in range(rows)]
 
 
-def _fill(registers: list[list[Any]], value: Callable[[int], Expr]) -> None:
+def _fill(registers: list[list[Any]], value: Callable[[int, int], Expr]) -> None:
     for i, row in enumerate(registers):
-        for register in row:
-            T.buffer_store(register, value(i), [_WHOLE])
+        for v, register in enumerate(row):
+            T.buffer_store(register, value(i, v), [_WHOLE])
 
 
-def _unit_of_words(a: Any, lda: Expr, b: Any, unit: Expr, exact: list[list[Any]]) -> None:
-    """A unit of 8-bit codes: 16 steps of two products in int16.
+@dataclass(frozen=True)
+class _Tile:
+    """Code of a tile's sums, which end up in ``total``, fp32."""
 
-    The steps are a loop: of a sequence LLVM would add up the products first, in more registers than there are.
-    """
-    with T.serial(0, UNIT // 2) as s:
-        pair = T.bind(unit * (UNIT // 2) + s)
-        words = [
-            keep(T.cast(b[lanes_at((pair * VECTORS + v) * 2 * LANES, 2 * LANES)], f"int16x{2 * LANES}"))
-            for v in range(VECTORS)
+    form: WeightFormat
+    rows: int
+    a: Any
+    lda: Expr
+    b: Any
+    units: Expr
+    total: list[list[Any]]
+    unpacked: bool
+
+    def blocks(self, numbers: list[Any]) -> None:
+        """All groups in int32, block by block."""
+        offsets, *steps, columns = numbers
+        per_block, per_group = units_of_block(self.form), (self.form.group or UNIT) // UNIT
+        with T.serial(0, T.floordiv(self.units + (per_block - 1), per_block)) as block:
+            starts = [T.bind(offsets[lanes_at((block * VECTORS + v) * LANES, LANES)]) for v in range(VECTORS)]
+            exact = _registers(self.rows, "int32")
+            _fill(exact, lambda i, v: starts[v])
+            first = T.bind(block * per_block)
+            with T.serial(first, T.bind(T.min(first + per_block, self.units))) as unit:
+                place = T.floordiv(unit, per_group) * VECTORS
+                scales = [self._step(steps[0], place + v) if steps else _ONES for v in range(VECTORS)]
+                self._unit_of_bytes(unit, exact, scales)
+            for v in range(VECTORS):
+                column = T.bind(columns[lanes_at(v * LANES, LANES)])
+                for registers, sums in zip(self.total, exact, strict=True):
+                    value = T.cast(sums[v][_WHOLE], f"float32x{LANES}") * column
+                    T.buffer_store(registers[v], registers[v][_WHOLE] + value, [_WHOLE])
+
+    def _step(self, steps: Any, place: Expr) -> Expr:
+        """Scales of a vector of columns, twice each, as int16."""
+        return keep(T.cast(steps[lanes_at(place * 2 * LANES, 2 * LANES)], f"int16x{2 * LANES}"))
+
+    def groups(self, numbers: list[Any], lds: Expr) -> None:
+        """Each group in int32, all of them in fp32."""
+        scales, *minimums, sums = numbers
+        form, total = self.form, self.total
+        per_group = self.units if form.group is None else form.group // UNIT
+        groups = i32(1) if form.group is None else T.floordiv(self.units + (per_group - 1), per_group)
+        with T.serial(0, groups) as g:
+            exact = _registers(self.rows, "int32")
+            factor = 1 if form.symmetric else STORED_LESS if form.bits == 8 else 0
+            _fill(exact, lambda i, v: T.broadcast(sums[i * lds + g] * factor if factor else i32(0), LANES))
+            first = T.bind(g * per_group)
+            with T.serial(first, T.bind(T.min(first + per_group, self.units))) as unit:
+                if form.bits == 8:
+                    self._unit_of_words(unit, exact)
+                else:
+                    self._unit_of_bytes(unit, exact, [_ONES] * VECTORS)
+            places = [lanes_at((g * VECTORS + v) * LANES, LANES) for v in range(VECTORS)]
+            wide = [T.bind(T.cast(scales[at], f"float32x{LANES}")) for at in places]
+            least = [T.bind(T.cast(m[at], f"float32x{LANES}")) for m in minimums for at in places]
+            for i in range(self.rows):
+                for v in range(VECTORS):
+                    value = total[i][v][_WHOLE] + T.cast(exact[i][v][_WHOLE], f"float32x{LANES}") * wide[v]
+                    if least:
+                        value = value + T.broadcast(T.cast(sums[i * lds + g], "float32"), LANES) * least[v]
+                    T.buffer_store(total[i][v], value, [_WHOLE])
+
+    def _unit_of_words(self, unit: Expr, exact: list[list[Any]]) -> None:
+        """A unit of 8-bit codes: 16 steps of two products in int16."""
+        with T.serial(0, UNIT // 2 // WORD_STEPS) as part:
+            first = T.bind((unit * (UNIT // 2 // WORD_STEPS) + part) * WORD_STEPS)
+            for pair in (first + step for step in range(WORD_STEPS)):
+                words = [
+                    keep(T.cast(self.b[lanes_at((pair * VECTORS + v) * 2 * LANES, 2 * LANES)], f"int16x{2 * LANES}"))
+                    for v in range(VECTORS)
+                ]
+                for i, row in enumerate(exact):
+                    both = T.reinterpret(f"int16x{2 * LANES}", T.broadcast(self.a[i * self.lda + pair], LANES))
+                    both = T.bind(both)
+                    for register, word in zip(row, words, strict=True):
+                        T.buffer_store(register, _fence(register[_WHOLE] + _add_pairs(word, both)), [_WHOLE])
+
+    def _unit_of_bytes(self, unit: Expr, exact: list[list[Any]], scales: list[Expr]) -> None:
+        """A unit of codes of up to 6 bits: 8 steps of four products, in int16 as long as they fit."""
+        words, steps, codes = T.ramp(0, 1, 2 * LANES), safe_quads(self.form.bits), self._codes_of(unit)
+        for begin in range(0, QUADS, steps):
+            short = [[T.alloc_buffer((2 * LANES,), "int16") for _ in row] for row in exact]
+            for q in range(begin, begin + steps):
+                of_quad = codes(q)
+                for i, row in enumerate(short):
+                    four = T.bind(T.broadcast(self.a[i * self.lda + unit * QUADS + q], LANES))
+                    for register, code in zip(row, of_quad, strict=True):
+                        product = self._products(four, code)
+                        value = product if q == begin else register[words] + product
+                        T.buffer_store(register, _fence(value), [words])
+            for registers, parts in zip(exact, short, strict=True):
+                for register, part, scale in zip(registers, parts, scales, strict=True):
+                    T.buffer_store(register, register[_WHOLE] + _add_pairs(part[words], scale), [_WHOLE])
+
+    def _products(self, of_a: Expr, of_b: Expr) -> Expr:
+        """Products of bytes, neighbours added in int16: the first operand is unsigned."""
+        size = 4 * LANES
+        if sums_in_integers(self.form):
+            pair = T.reinterpret(f"uint8x{size}", of_a), of_b
+        else:
+            pair = of_b, T.reinterpret(f"int8x{size}", of_a)
+        return T.call_llvm_pure_intrin(f"int16x{2 * LANES}", "llvm.x86.avx2.pmadd.ub.sw", *pair)
+
+    def _codes_of(self, unit: Expr) -> Callable[[int], list[Expr]]:
+        """The codes of a quad of the unit, one vector of bytes for each vector of columns."""
+        if self.unpacked:
+            place = T.bind(unit * (QUADS * VECTORS * 4 * LANES))
+            return lambda quad: [
+                T.bind(self.b[lanes_at(place + (quad * VECTORS + v) * 4 * LANES, 4 * LANES)]) for v in range(VECTORS)
+            ]
+        base = T.bind(unit * (VECTORS * self.form.bits * 4 * LANES))
+        return lambda quad: [
+            _unpacked(self.form, self.b, base + v * self.form.bits * 4 * LANES, quad) for v in range(VECTORS)
         ]
-        for i, row in enumerate(exact):
-            both = T.bind(T.reinterpret(f"int16x{2 * LANES}", T.broadcast(a[i * lda + pair], LANES)))
-            for register, word in zip(row, words, strict=True):
-                T.buffer_store(register, register[_WHOLE] + _add_pairs(word, both), [_WHOLE])
 
 
-def _codes_of_unit(form: WeightFormat, b: Any, unit: Expr, *, unpacked: bool) -> Callable[[int], list[Expr]]:
-    """The codes of a quad of the unit, one vector of bytes for each vector of columns."""
-    if unpacked:
-        places = [unit * (QUADS * VECTORS) + v for v in range(VECTORS)]
-        return lambda quad: [T.bind(b[lanes_at((place + quad * VECTORS) * 4 * LANES, 4 * LANES)]) for place in places]
-    base = T.bind(unit * (VECTORS * form.bits * 4 * LANES))
-    return lambda quad: [_unpacked(form, b, base + v * form.bits * 4 * LANES, quad) for v in range(VECTORS)]
-
-
-def _unit_of_bytes(
-    form: WeightFormat, a: Any, lda: Expr, codes: Callable[[int], list[Expr]], unit: Expr, exact: list[list[Any]]
-) -> None:
-    """A unit of codes of up to 6 bits: 8 steps of four products, in int16 as long as they fit."""
-    ones, words = T.broadcast(tirx.const(1, "int16"), 2 * LANES), T.ramp(0, 1, 2 * LANES)
-    steps = safe_quads(form.bits)
-    for begin in range(0, QUADS, steps):
-        short = [[T.alloc_buffer((2 * LANES,), "int16") for _ in row] for row in exact]
-        for q in range(begin, begin + steps):
-            of_quad = codes(q)
-            for i, row in enumerate(short):
-                four = T.bind(T.reinterpret(f"int8x{4 * LANES}", T.broadcast(a[i * lda + unit * QUADS + q], LANES)))
-                for register, code in zip(row, of_quad, strict=True):
-                    product = T.call_llvm_pure_intrin(f"int16x{2 * LANES}", "llvm.x86.avx2.pmadd.ub.sw", code, four)
-                    T.buffer_store(register, _fence(product if q == begin else register[words] + product), [words])
-        for registers, parts in zip(exact, short, strict=True):
-            for register, part in zip(registers, parts, strict=True):
-                T.buffer_store(register, register[_WHOLE] + _add_pairs(part[words], ones), [_WHOLE])
+_ONES = T.broadcast(tirx.const(1, "int16"), 2 * LANES)
 
 
 def _fence(value: Expr) -> Expr:
-    """A vector of int16 that LLVM takes as it is: of a chain of sums it would add up the products first, in more
+    """A vector of integers that LLVM takes as it is: of a chain of sums it would add up the products first, in more
     registers than there are. The intrinsic is for fp32, and no instruction."""
     number = f"float32x{LANES}"
     fenced = T.call_llvm_pure_intrin(number, f"llvm.arithmetic.fence.v{LANES}f32", T.reinterpret(number, value))
-    return T.reinterpret(f"int16x{2 * LANES}", fenced)
+    return T.reinterpret(f"{dtype_of(value)}x{lanes_of(value)}", fenced)
 
 
 def _add_pairs(x: Expr, y: Expr) -> Expr:
@@ -251,7 +361,7 @@ def _add_pairs(x: Expr, y: Expr) -> Expr:
 
 
 def _unpacked(form: WeightFormat, b: Any, base: Expr, quad: int) -> Expr:
-    """Codes of four input features of eight columns, as bytes, from their bit planes."""
+    """Codes of four input features of eight columns, as bytes, from their bit planes; signed in a symmetric format."""
     size, first, shift = 4 * LANES, 0, 0
     code: Expr = None
     for bits in planes(form.bits):
@@ -266,4 +376,7 @@ def _unpacked(form: WeightFormat, b: Any, base: Expr, quad: int) -> Expr:
         piece = T.bitwise_and(stored, mask)
         code = piece if code is None else T.bitwise_or(code, piece)
         first, shift = first + bits, shift + bits
-    return keep(code)
+    if not sums_in_integers(form):
+        return keep(code)
+    middle = T.broadcast(tirx.const(1 << (form.bits - 1), "int8"), size)
+    return keep(T.reinterpret(f"int8x{size}", keep(code)) - middle)

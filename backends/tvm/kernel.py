@@ -92,11 +92,15 @@ class Lowered:
 
 @dataclass(frozen=True)
 class Packed:
-    """A constant stored in the blob in another layout: ``layout`` names it, ``width`` is its parameter."""
+    """A constant stored in the blob in another layout: ``layout`` names it, ``width`` is its parameter.
+
+    ``other`` is a second constant that it is made from.
+    """
 
     node: fx.Node
     layout: str
     width: int
+    other: fx.Node | None = None
 
 
 @dataclass(frozen=True)

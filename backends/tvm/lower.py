@@ -180,8 +180,8 @@ class Lowering:
     module: Module
     plan: Plan = field(default_factory=Plan)
     place: dict[fx.Node, int] = field(default_factory=dict[fx.Node, int])
-    constants: list[tuple[int, fx.Node, str, int]] = field(default_factory=list[tuple[int, fx.Node, str, int]])
-    packed: dict[tuple[Any, str, int], int] = field(default_factory=dict[tuple[Any, str, int], int])
+    constants: list[tuple[int, tuple[fx.Node, ...], str, int]] = field(default_factory=list)  # pyright: ignore
+    packed: dict[tuple[Any, ...], int] = field(default_factory=dict[tuple[Any, ...], int])
 
     def buffer(self, node: fx.Node, kind: str) -> int:
         """A new buffer for the node's value."""
@@ -419,7 +419,8 @@ class Lowering:
             if operand is region.result:
                 operands.append(index)
             elif isinstance(operand, Packed):
-                operands.append(self._constant(outer[operand.node], operand.layout, operand.width))
+                nodes = tuple(outer[n] for n in (operand.node, operand.other) if n is not None)
+                operands.append(self._constant(nodes, operand.layout, operand.width))
             elif isinstance(operand, Scratch):
                 self.plan.buffers.append(Buffer(f"{region.name}_scratch", "arena", 1, (operand.nbytes,)))
                 operands.append(len(self.plan.buffers) - 1)
@@ -434,14 +435,14 @@ class Lowering:
 
     def _place(self, node: fx.Node) -> int:
         if node.op == "get_attr":
-            return self._constant(node, "plain", 0)
+            return self._constant((node,), "plain", 0)
         return self.place[node]
 
-    def _constant(self, node: fx.Node, layout: str, width: int) -> int:
-        key = (node.target, layout, width)
+    def _constant(self, nodes: tuple[fx.Node, ...], layout: str, width: int) -> int:
+        key = (*(n.target for n in nodes), layout, width)
         if key not in self.packed:
-            self.packed[key] = self.buffer(node, "constant")
-            self.constants.append((self.packed[key], node, layout, width))
+            self.packed[key] = self.buffer(nodes[0], "constant")
+            self.constants.append((self.packed[key], nodes, layout, width))
         return self.packed[key]
 
 

@@ -7,7 +7,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from planish.backends.tvm.integer_tile import WIDTH, packed_codes, packed_numbers, packed_size
+from planish.backends.tvm.integer_tile import (
+    WIDTH,
+    blocks,
+    packed_codes,
+    packed_numbers,
+    packed_offsets,
+    packed_size,
+    packed_steps,
+)
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
 from planish.formats import FORMATS
 from planish.plan import ALIGN
@@ -64,7 +72,7 @@ def transposed_taps(weight: torch.Tensor, groups: int, lanes: int) -> torch.Tens
     return each.permute(3, 1, 0, 2).reshape(-1)
 
 
-Layout = Callable[[torch.Tensor, int, int], torch.Tensor]
+Layout = Callable[..., torch.Tensor]
 LAYOUTS: dict[str, Layout] = {
     "plain": lambda t, width, lanes: t.contiguous().view(-1),
     "columns": columns,
@@ -74,19 +82,24 @@ LAYOUTS: dict[str, Layout] = {
     "taps": taps,
     "transposed_taps": transposed_taps,
     "numbers": lambda t, width, lanes: packed_numbers(t),
+    "steps": lambda t, width, lanes: packed_steps(t),
 }
-"""Layout name to packing function (tensor, width, lanes) -> flat tensor; with those of each integer format."""
+"""Layout name to packing function (tensors, width, lanes) -> flat tensor; with those of each integer format."""
 
 CODES = {f"codes {form.name}": form for form in FORMATS}
+OFFSETS = {f"offsets {form.name}": form for form in FORMATS}
 LAYOUTS |= {name: lambda t, _, __, form=form: packed_codes(t, form) for name, form in CODES.items()}
+LAYOUTS |= {name: lambda t, s, _, __, form=form: packed_offsets(t, s, form) for name, form in OFFSETS.items()}
 
 
 def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, lanes: int) -> int:
     """Bytes of a constant in its layout."""
     if layout in CODES:
         return packed_size((shape[0], shape[1]), CODES[layout])
-    if layout == "numbers":
-        shape = (-(-shape[0] // WIDTH) * WIDTH, shape[1])
+    if layout in OFFSETS:
+        return 4 * -(-shape[0] // WIDTH) * WIDTH * blocks(OFFSETS[layout], shape[1])
+    if layout in ("numbers", "steps"):
+        shape = (-(-shape[0] // WIDTH) * WIDTH, *shape[1:], *([2] if layout == "steps" else []))
     elements = 1
     for s in shape:
         elements *= s
@@ -109,21 +122,21 @@ def aligned(nbytes: int) -> torch.Tensor:
 
 
 def build_blob(
-    constants: Sequence[tuple[int, torch.Tensor, str, int]], lanes: int
+    constants: Sequence[tuple[int, tuple[torch.Tensor, ...], str, int]], lanes: int
 ) -> tuple[torch.Tensor, dict[int, int]]:
     """The blob and each constant's offset in it.
 
     Args:
-        constants: (buffer index, tensor, layout, width).
+        constants: (buffer index, tensors that are packed into one, layout, width).
         lanes: fp32 lanes of a vector.
     """
     offsets: dict[int, int] = {}
     size = 0
-    for index, tensor, layout, width in constants:
+    for index, tensors, layout, width in constants:
         offsets[index] = size
-        size += -(-packed_bytes(tensor.shape, tensor.element_size(), layout, width, lanes) // ALIGN) * ALIGN
+        size += -(-packed_bytes(tensors[0].shape, tensors[0].element_size(), layout, width, lanes) // ALIGN) * ALIGN
     blob = aligned(max(size, ALIGN))
-    for index, tensor, layout, width in constants:
-        data = LAYOUTS[layout](tensor, width, lanes).contiguous().view(torch.uint8)
+    for index, tensors, layout, width in constants:
+        data = LAYOUTS[layout](*tensors, width, lanes).contiguous().view(torch.uint8)
         blob[offsets[index] : offsets[index] + data.numel()] = data
     return blob, offsets

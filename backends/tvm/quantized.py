@@ -12,13 +12,16 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, keep, lanes_at, splat, workspace
 from planish.backends.tvm.integer_tile import (
     LANES,
+    SHIFT,
     UNIT,
     WIDTH,
     activation_dtype,
+    blocks,
     build_integer_tile,
     build_unpacking,
     packed_size,
     sum_factor,
+    sums_in_integers,
     tile_rows,
 )
 from planish.backends.tvm.kernel import Packed, rows_in_parallel
@@ -30,7 +33,7 @@ from planish.ops import has_constant_weight
 
 def quantized_reason(node: fx.Node) -> str | None:
     """Why a ``planish::quantized_linear`` has no kernel, or None; a group is formed around constant codes only."""
-    form = Format.parse(str(node.args[6]))
+    form = Format.parse(str(node.args[7]))
     depth = int(node.args[1].meta["val"].shape[1])  # pyright: ignore
     if form.activation == "fp":
         return f"the format {form.name} keeps activations in fp32, which has no kernel yet"
@@ -50,12 +53,12 @@ class IntegerTiles(Tiles):
 
     def __init__(self, stage: Stage) -> None:
         self.node = stage.linear
-        self.form = Format.parse(str(stage.linear.args[6]))
+        self.form = Format.parse(str(stage.linear.args[7]))
         self.units = -(-stage.depth // UNIT)
         self.groups = self.form.weight.groups(stage.depth)
         self.rows = tile_rows(self.form.weight)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
-        self.outliers = int(self.node.args[7].meta["val"].shape[0]) if len(self.node.args) > 7 else 0  # pyright: ignore
+        self.outliers = int(self.node.args[8].meta["val"].shape[0]) if len(self.node.args) > 8 else 0  # pyright: ignore
 
     @property
     def depth(self) -> int:
@@ -63,26 +66,40 @@ class IntegerTiles(Tiles):
         return self.units * UNIT
 
     def constants(self) -> list[tuple[Packed, str]]:
-        """Codes, scales, minimums of an asymmetric format; which input features stay fp32, and their weights."""
-        number = "float16" if self.form.weight.group else "float32"
-        _, codes, scales, minimums, *_ = self.node.args
-        packed = [(Packed(codes, f"codes {self.form.weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
-        packed += [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
-        kept = zip(self.node.args[7:], ("int64", "float32"), strict=False)
+        """Codes and what scales them; which input features stay fp32, and their weights."""
+        weight = self.form.weight
+        _, codes, scales, minimums, channels, *_ = self.node.args
+        packed = [(Packed(codes, f"codes {weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
+        if sums_in_integers(weight):
+            packed += [(Packed(codes, f"offsets {weight.name}", 0, scales), "int32")]  # pyright: ignore
+            packed += [(Packed(scales, "steps", 0), "int8")] if weight.group else []  # pyright: ignore
+            packed += [(Packed(channels or scales, "numbers", 0), "float32")]  # pyright: ignore
+        else:
+            number = "float16" if weight.group else "float32"
+            packed += [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
+        kept = zip(self.node.args[8:], ("int64", "float32"), strict=False)
         return packed + [(Packed(n, "plain", 0), dtype) for n, dtype in kept]  # pyright: ignore
 
     @property
     def numbers(self) -> int:
-        """Constants that a tile reads: codes, scales and minimums."""
-        return 2 if self.form.weight.symmetric else 3
+        """Constants that a tile reads."""
+        return len(self.constants()) - (2 if self.outliers else 0)
+
+    def _numbers_per_column(self) -> list[int]:
+        """How many of each constant but the codes a column has."""
+        if not sums_in_integers(self.form.weight):
+            return [self.groups] * (self.numbers - 1)
+        sums = blocks(self.form.weight, self.node.args[1].meta["val"].shape[1])  # pyright: ignore
+        return [sums, *([2 * self.groups] if self.form.weight.group else []), 1]
 
     @property
     def _wide(self) -> bool:
         return self.form.weight.bits == 8
 
     def scratch(self) -> list[tuple[int, str]]:
-        """Codes, sums and scales of the rows, and their outliers."""
-        rows = [(self.depth, activation_dtype(self.form.weight)), (self.groups, "int32"), (1, "float32")]
+        """Codes of the rows, their scales, sums where a tile needs them, and outliers."""
+        rows = [(self.depth, activation_dtype(self.form.weight)), (1, "float32")]
+        rows += [] if sums_in_integers(self.form.weight) else [(self.groups, "int32")]
         return rows + ([(self.outliers, "float32")] if self.outliers else [])
 
     def prepare(self, code: StageCode, *, parallel: bool) -> None:
@@ -99,8 +116,9 @@ class IntegerTiles(Tiles):
         """Unpack the block's panel if there are enough rows to gain from that; else the tiles do."""
         if self._wide:
             return None
-        unpacked = workspace(self.depth * WIDTH, "uint8")
-        name = f"planish_unpack_{self.form.weight.bits}"
+        unpacked = workspace(self.depth * WIDTH, "int8" if sums_in_integers(self.form.weight) else "uint8")
+        signed = "_signed" if sums_in_integers(self.form.weight) else ""
+        name = f"planish_unpack_{self.form.weight.bits}{signed}"
         symbol = code.k.module.tile(name, lambda: build_unpacking(name, self.form.weight))
         with T.If(code.count >= self.rows), T.Then():
             place = T.address_of(unpacked[0])
@@ -123,7 +141,7 @@ class IntegerTiles(Tiles):
 
     def _add_outliers(self, code: StageCode, block: Block, row: Expr) -> None:
         """One row of a tile plus the products of its outliers in fp32."""
-        place, weights, values = code.place, code.constants[-1], code.scratch[3]
+        place, weights, values = code.place, code.constants[-1], code.scratch[-1]
         start, first = T.bind(place.row(row) + block.column), T.bind((row - code.first) * self.outliers)
         for at, n in for_vectors(block.columns, block.lanes):
             total, whole = T.alloc_buffer((n,), "float32"), lanes_at(i32(0), n)
@@ -142,11 +160,13 @@ class IntegerTiles(Tiles):
         return T.address_of(code.constants[0][T.bind(block.column * (self.depth * self.form.weight.bits // 8))])
 
     def _call(self, code: StageCode, block: Block, row: Expr, left: Expr, panel: Expr, *, unpacked: bool) -> None:
-        codes, sums, scales, *_ = code.scratch
+        codes, scales, *sums = code.scratch
         place, bias, at = code.place, code.stage.bias, T.bind(row - code.first)
         operands = [T.address_of(codes[at * self.depth]), panel]
-        operands += [T.address_of(n[T.bind(block.column * self.groups)]) for n in code.constants[1 : self.numbers]]
-        operands += [T.address_of(sums[at * self.groups]), T.address_of(scales[at])]
+        numbers = zip(code.constants[1:], self._numbers_per_column(), strict=False)
+        operands += [T.address_of(n[T.bind(block.column * count)]) for n, count in numbers]
+        operands += [] if sums_in_integers(self.form.weight) else [T.address_of(sums[0][at * self.groups])]
+        operands += [T.address_of(scales[at])]
         operands += [T.address_of(place.buffer[place.row(row) + block.column])]
         operands += [T.address_of(code.k.ev.sources[bias].buffer[block.column])] if bias is not None else []
         per_word = 2 if self._wide else 4
@@ -172,7 +192,7 @@ class _Quantise:
 
     def emit(self, at: Expr) -> None:
         """One row of the chunk."""
-        source, fixed = self.code.source, self.tiles.node.args[5]
+        source, fixed = self.code.source, self.tiles.node.args[6]
         x, start = source.buffer, T.bind(source.row(self.code.first + at))
         if self.tiles.outliers:
             x, start = self._without_outliers(x, start, at), i32(0)
@@ -182,7 +202,7 @@ class _Quantise:
             scale = top / f32(LARGEST_CODE)
         else:
             inverse, scale = f32(1.0) / f32(float(fixed)), f32(float(fixed))  # pyright: ignore
-        T.buffer_store(self.code.scratch[2], scale + poison, [at])
+        T.buffer_store(self.code.scratch[1], scale + poison, [at])
         self._codes(x, start, at, keep(inverse))
 
     def _without_outliers(self, x: Any, start: Expr, at: Expr) -> Any:
@@ -193,7 +213,7 @@ class _Quantise:
             T.buffer_store(rest, x[lanes_at(start + i, n)], [lanes_at(i, n)])
         with T.serial(0, tiles.outliers) as c:
             feature = keep(T.cast(features[c], "int32"))
-            T.buffer_store(self.code.scratch[3], rest[feature], [at * tiles.outliers + c])
+            T.buffer_store(self.code.scratch[-1], rest[feature], [at * tiles.outliers + c])
             T.buffer_store(rest, f32(0.0), [feature])
         return rest
 
@@ -215,7 +235,7 @@ class _Quantise:
         tiles, lanes = self.tiles, self.code.k.lanes
         form, padded, depth = tiles.form.weight, tiles.depth, self.code.stage.depth
         dtype, group = activation_dtype(form), form.group or padded
-        codes, sums, *_ = self.code.scratch
+        codes, _, *sums = self.code.scratch
         first = T.bind(at_row * padded)
         total = T.alloc_buffer((LANES,), "int32")
         whole = T.ramp(0, 1, LANES)
@@ -223,10 +243,13 @@ class _Quantise:
             value = x[lanes_at(start + at, n)] * splat(inverse, n)
             value = T.max(splat(-float(LARGEST_CODE), n), T.min(splat(float(LARGEST_CODE), n), T.nearbyint(value)))
             code = T.cast(keep(value), "int32" if n == 1 else f"int32x{n}")
+            code = code + splat(SHIFT, n, "int32") if sums_in_integers(form) else code
             code = T.cast(keep(code), dtype if n == 1 else f"{dtype}x{n}")
             T.buffer_store(codes, code, [lanes_at(first + at, n)])
         with T.serial(depth, padded) as at:
             T.buffer_store(codes, tirx.const(0, dtype), [first + at])
+        if sums_in_integers(form):
+            return
         with T.serial(0, tiles.groups) as g:
             T.buffer_store(total, splat(0, LANES, "int32"), [whole])
             begin = T.bind(g * group)
@@ -234,4 +257,4 @@ class _Quantise:
                 part = T.cast(codes[lanes_at(first + begin + v * LANES, LANES)], f"int32x{LANES}")
                 T.buffer_store(total, total[whole] + part, [whole])
             of_group = horizontal(T.bind(total[whole]), LANES, lambda a, b: a + b)
-            T.buffer_store(sums, of_group * sum_factor(form), [at_row * tiles.groups + g])
+            T.buffer_store(sums[0], of_group * sum_factor(form), [at_row * tiles.groups + g])

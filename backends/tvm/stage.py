@@ -48,7 +48,7 @@ class Stage:
     @property
     def bias(self) -> fx.Node | None:
         """The bias in memory, if there is one."""
-        at = 4 if self.linear.target is QUANTIZED_LINEAR else 2
+        at = 5 if self.linear.target is QUANTIZED_LINEAR else 2
         bias = self.linear.args[at] if len(self.linear.args) > at else None
         return bias if isinstance(bias, fx.Node) else None
 

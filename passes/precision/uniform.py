@@ -126,10 +126,10 @@ class _Work:
             self.stored[key] = self._store(str(weight_node.target), weight, form, outliers)  # pyright: ignore
         graph = self.program.module.graph
         with graph.inserting_before(layer):
-            codes, scales, minimums, *rest = [n and graph.get_attr(n) for n in self.stored[key]]
+            *held, outlier, exact = [n and graph.get_attr(n) for n in self.stored[key]]
             bias = self._corrected_bias(layer, bias_node, weight, self.stored[key], form, channels)
             scale = self._static_scale(form, channels, outliers)
-            args = (x, codes, scales, minimums, bias, scale, form.name, *(rest if outliers is not None else ()))
+            args = (x, *held, bias, scale, form.name, *((outlier, exact) if outliers is not None else ()))
             new = graph.call_function(QUANTIZED_LINEAR, args)
         new.meta["val"] = layer.meta["val"]
         layer.replace_all_uses_with(new)
@@ -138,10 +138,9 @@ class _Work:
             self._report(new, channels, outliers)
 
     def _store(self, name: str, weight: Tensor, form: Format, outliers: Tensor | None) -> list[str | None]:
-        """Constants of a weight: codes, scales, minimums, outliers and their weights; None for what there is not."""
+        """Constants of a weight: what a format holds, outliers and their weights; None for what there is not."""
         inner = weight if outliers is None else weight.index_fill(1, outliers, 0.0)
-        held = quantise(inner, form.weight)
-        values = {"codes": held.codes, "scales": held.scales, "minimums": held.minimums, "outliers": outliers}
+        values = {**quantise(inner, form.weight).stored, "outliers": outliers}
         values["outlier_weight"] = None if outliers is None else weight[:, outliers].T.contiguous()
         stem = name.replace(".", "_")
         return [None if v is None else self._add(f"{stem}_{n}", v) for n, v in values.items()]
@@ -182,8 +181,8 @@ class _Work:
     def _dequantised(self, stored: list[str | None], form: Format) -> Tensor:
         """The weight that is multiplied, outliers included."""
         module = self.program.module
-        codes, scales, minimums, outliers, exact = [None if n is None else getattr(module, n) for n in stored]
-        weight = Quantized(form.weight, codes, scales, minimums).dequantise()
+        *held, outliers, exact = [None if n is None else getattr(module, n) for n in stored]
+        weight = Quantized(form.weight, *held).dequantise()
         return weight if outliers is None else weight.index_copy(1, outliers, exact.T)
 
     def _report(self, node: fx.Node, channels: Channels, outliers: Tensor | None) -> None:
