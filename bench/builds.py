@@ -7,18 +7,34 @@ from collections.abc import Callable
 from typing import Any
 
 from planish.models.base import LoadedModel
-from planish.passes import REGISTRY
+from planish.passes import ON_INTEGERS, REGISTRY
+from planish.passes.precision import QuantizeUniform
+
+W6 = QuantizeUniform("w6a8-g32")
 
 PADDED, PACKED = "planish-fp32-padded", "planish-fp32-packed"
 """Rows of the build that computes on padding, and of the default build, whose ``remove-padding`` drops it."""
+
+INTEGER: dict[str, dict[str, Any]] = {
+    "planish-int8": {"target": "cpu-int8"},
+    "planish-int4": {"target": "cpu-int4"},
+    "planish-w6a8": {"target": "cpu-int8", "passes": [W6 if name in ON_INTEGERS else name for name in REGISTRY]},
+}
+"""Builds on integer codes, without calibration, and how they are compiled."""
 
 REMOVES_PADDING = "remove-padding"
 
 
 def compile_padded(compile_model: Callable[..., Any], loaded: LoadedModel) -> Any:
     """The model compiled by every pass of the default pipeline but ``remove-padding``."""
-    passes = [name for name in REGISTRY if name != REMOVES_PADDING]
+    passes = [name for name in REGISTRY if name not in (REMOVES_PADDING, *ON_INTEGERS)]
     return compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic, passes=passes)
+
+
+def compile_integer(compile_model: Callable[..., Any], loaded: LoadedModel) -> dict[str, Any]:
+    """The model in each of ``INTEGER``'s builds."""
+    inputs, dynamic = loaded.inputs, loaded.dynamic
+    return {name: compile_model(loaded.model, inputs, dynamic=dynamic, **how) for name, how in INTEGER.items()}
 
 
 def compile_twice(compile_model: Callable[..., Any], loaded: LoadedModel) -> tuple[Any, dict[str, float]]:

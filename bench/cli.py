@@ -99,6 +99,15 @@ def qgemm(
     _measure("planish.bench.qgemm", json, threads, rounds, only=_names(only))
 
 
+@app.command()
+def perplexity(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads of the compiled models")] = None,
+) -> None:
+    """What 8-bit activations cost SmolLM2: static scales, scales for each token, and with outliers in fp32."""
+    _measure("planish.bench.perplexity", json, threads, 0)
+
+
 def _width() -> int | None:
     """Columns of the tables: those of the terminal, and as many as they need in a file."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH

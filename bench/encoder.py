@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from planish import models
 from planish.bench import MIN_ROUNDS, limits, memory, overhead
-from planish.bench.builds import PACKED, PADDED, compile_padded, compile_twice
-from planish.bench.contest import contest
+from planish.bench.builds import PACKED, PADDED, compile_integer, compile_padded, compile_twice
+from planish.bench.contest import Contest, contest
+from planish.bench.int8_peers import ONNXRUNTIME_INT8, TORCH_INT8, onnxruntime, torch_dynamic
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
-from planish.bench.peer import Peer, ctranslate2
-from planish.bench.result import BenchResult
+from planish.bench.peer import COMPUTE, Peer, ctranslate2
+from planish.bench.quality import correlation
+from planish.bench.result import BenchResult, Row
 from planish.models.base import Batch, LoadedModel
 
 
@@ -61,12 +64,20 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
     peaks = {name: memory.peak(name, options.model, options.threads, options.docs) for name in ("planish", "eager")}
     loaded = models.load(options.model)
     batches = loaded.data.batches(options.docs, options.batch, options.max_len)
+    log("other engines' 8-bit builds")
+    others: dict[str, Any] = {TORCH_INT8: torch_dynamic(loaded)}
+    others[ONNXRUNTIME_INT8] = onnxruntime(loaded, options.threads)
     with torch.inference_mode(), limits.probe(options.threads) as probe:
         log(f"compiling {options.model}, twice")
         compiled, compile_times = compile_twice(compile_model, loaded)
+        log(f"compiling {options.model} on integer codes")
         ours = {PADDED: compile_padded(compile_model, loaded), PACKED: compiled}
-        with ctranslate2(loaded, options.threads) as peer:
-            found = contest(loaded, ours, batches, options.rounds, log, peer)
+        ours |= compile_integer(compile_model, loaded)
+        with ExitStack() as stack:
+            for kind in COMPUTE:
+                others[kind] = stack.enter_context(ctranslate2(loaded, options.threads, kind))
+            found = contest(loaded, ours, batches, options.rounds, log, others)
+            rows = [_with_pearson(loaded, row, found, options) for row in found.rows]
         log("the machine's limits, each kernel alone, call overhead")
         limits_before = limits.measure(probe)
         probes = _probe_batches(loaded, batches)
@@ -80,9 +91,15 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             **overhead.after_torch_op(compiled, probes[1]),
             "memory": {**compiled.memory(batches[0]), "peak_rss": peaks},
             "inductor": found.mode,
-            "ctranslate2": peer.mode if isinstance(peer, Peer) else None,
+            "peers": {name: peer.mode for name, peer in others.items() if isinstance(peer, Peer)},
         }
-    return BenchResult("encoder", options.threads, limits_found, found.rows, kernels, found.absent, extra)
+    return BenchResult("encoder", options.threads, limits_found, rows, kernels, found.absent, extra)
+
+
+def _with_pearson(loaded: LoadedModel, row: Row, found: Contest, options: Options) -> Row:
+    """The row, its quality with the correlation with human ratings."""
+    pearson = correlation(loaded, found.states[row.name], options.batch, options.max_len)
+    return replace(row, quality={**row.quality, "pearson": pearson})
 
 
 def _probe_batches(loaded: LoadedModel, batches: list[Batch]) -> list[Batch]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,10 @@ from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import interleave, speedup
 from planish.bench.padded import PaddedSet, fill_set, sort_by_length, uniform_set
 from planish.bench.peer import CTRANSLATE2, SETTLE, Peer, ctranslate2
-from planish.bench.quality import outputs
+from planish.bench.quality import correlation, outputs
 from planish.bench.result import BenchResult, KernelRow, Row, make_row
 from planish.errors import NumericError
 from planish.models.base import Batch, LoadedModel
-from planish.models.embedding import embed
-from planish.models.lee import pearson, rated
 from planish.passes import REGISTRY
 
 TOLERANCE = 1e-4
@@ -220,13 +219,10 @@ def _correlations(loaded: LoadedModel, calls: Mapping[str, Callable[..., Any]], 
     Raises:
         NumericError: one is not eager's.
     """
-    known = rated(loaded.tokenizer)
-    batches = known.documents.batches(len(known.documents.texts), options.rows, options.max_len)
     found: dict[str, float] = {}
     for name, call in calls.items():
-        states = outputs(call, batches, loaded.metric)
-        vectors = torch.cat([embed(s, b["attention_mask"]) for s, b in zip(states, batches, strict=True)])
-        found[name] = pearson(vectors, known.human)
+        states = partial(outputs, call, metric=loaded.metric)
+        found[name] = correlation(loaded, states, options.rows, options.max_len)
         if abs(found[name] - found["eager"]) > TOLERANCE:
             raise NumericError(f"{name}: correlation {found[name]:.6f} with the ratings, eager {found['eager']:.6f}")
     return found

@@ -27,7 +27,10 @@ from planish.bench.latency import interleave
 from planish.bench.memory import ChildError
 from planish.models.base import Batch, LoadedModel
 
-CTRANSLATE2 = "ctranslate2-fp32"
+CTRANSLATE2, CTRANSLATE2_INT8 = "ctranslate2-fp32", "ctranslate2-int8"
+
+COMPUTE = {CTRANSLATE2: "float32", CTRANSLATE2_INT8: "int8_float32"}
+"""What it calls the type of the weights."""
 
 LIBRARIES = {"onednn": "0", "mkl": "1"}
 """Which library its GEMMs come from, and the CT2_USE_MKL that asks for it. Its own choice on processors that are not
@@ -124,12 +127,13 @@ class Peer:
 
 
 @contextmanager
-def ctranslate2(loaded: LoadedModel, threads: int) -> Generator[Peer | str]:
-    """CTranslate2 with the model's weights in fp32, or the reason why there is none.
+def ctranslate2(loaded: LoadedModel, threads: int, kind: str = CTRANSLATE2) -> Generator[Peer | str]:
+    """CTranslate2 with the model's weights, or the reason why there is none.
 
     Args:
         loaded: the model; its ``folder`` is converted.
         threads: of CTranslate2.
+        kind: a key of ``COMPUTE``.
     """
     if importlib.util.find_spec("ctranslate2") is None:
         yield "package ctranslate2 is not installed (pip install 'planish[peers]')"
@@ -141,7 +145,7 @@ def ctranslate2(loaded: LoadedModel, threads: int) -> Generator[Peer | str]:
         folder = Path(name)
         try:
             _convert(loaded.folder, folder / "model")
-            children = {lib: stack.enter_context(_serving(folder, lib, threads)) for lib in LIBRARIES}
+            children = {lib: stack.enter_context(_serving(folder, lib, threads, COMPUTE[kind])) for lib in LIBRARIES}
             versions = [child.answer()["version"] for child in children.values()]
         except ChildError as error:
             found: Peer | str = f"CTranslate2 failed: {str(error).splitlines()[-1].strip()}"
@@ -159,11 +163,19 @@ def _convert(source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _serving(folder: Path, library: str, threads: int) -> Generator[Child]:
+def _serving(folder: Path, library: str, threads: int, compute: str) -> Generator[Child]:
     """A child that loads the converted model and then says so; it ends with the block."""
     own = folder / library
     own.mkdir()
-    command = [sys.executable, "-m", "planish.bench.peer_process", "serve", str(folder / "model"), str(threads)]
+    command = [
+        sys.executable,
+        "-m",
+        "planish.bench.peer_process",
+        "serve",
+        str(folder / "model"),
+        str(threads),
+        compute,
+    ]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "CT2_USE_MKL": LIBRARIES[library]}
     pipe = subprocess.PIPE
     with (

@@ -22,14 +22,15 @@ def convert(folder: str, target: str) -> None:
     converters.TransformersConverter(folder).convert(target)
 
 
-def serve(model: str, threads: int) -> None:
+def serve(model: str, threads: int, compute: str) -> None:
     """Load a converted encoder and answer commands until the input ends.
 
     ``{"load": FILE}`` takes batches from an npz file, ``ids0``, ``lengths0``, ``ids1`` and so on; ``{"run": true}``
     runs each once and answers with the milliseconds; ``{"save": FILE}`` writes their token states ``out0``, ``out1``.
+    ``compute`` is the type of its weights, ``float32`` or ``int8_float32``.
     """
     library: Any = import_module("ctranslate2")
-    encoder = library.Encoder(model, device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads)
+    encoder = library.Encoder(model, device="cpu", compute_type=compute, inter_threads=1, intra_threads=threads)
     batches: list[tuple[Any, Any]] = []
 
     def load(file: str) -> dict[str, Any]:
@@ -61,4 +62,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "convert":
         convert(sys.argv[2], sys.argv[3])
     else:
-        serve(sys.argv[2], int(sys.argv[3]))
+        serve(sys.argv[2], int(sys.argv[3]), sys.argv[4])

@@ -136,7 +136,7 @@ def _vector(name: str, rounds: int, compile_model: Callable[..., Any]) -> Kernel
     """One row by a matrix of random codes; its share is of the read bandwidth."""
     form, k = Format.parse(name).weight, VECTOR_DEPTH
     per_row = form.nbytes(1, k)
-    n = -(-BEYOND * Target.host().llc_bytes // per_row // 64) * 64
+    n = -(-int(BEYOND * Target.host().llc_bytes) // per_row // 64) * 64
     generator = torch.Generator().manual_seed(n)
     codes = torch.randint(0, 1 << form.bits, (n, k), dtype=torch.uint8, generator=generator)
     scales = (100 * torch.rand(n, form.groups(k), generator=generator)).to(form.scale_dtype)

@@ -15,6 +15,9 @@ _MIB = 1 << 20
 
 def show(result: dict[str, Any], console: Console) -> None:
     """Print the JSON object of a benchmark for people: limits, contenders, kernels, the extra figures."""
+    if result["bench"] == "perplexity":
+        _show_perplexity(result, console)
+        return
     machine, limits = result["machine"], result["limits"]
     by_isa = ", ".join(f"{isa} {gflops:.0f}" for isa, gflops in limits["fma_gflops_by_isa"].items())
     console.print(f"{machine['cpu']}, {result['threads']} threads, torch {machine['torch']}", highlight=False)
@@ -45,6 +48,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 _QUALITY = {
     "cosine_min": ("cosine min", ".7f"),
+    "pearson": ("Pearson", ".4f"),
     "top1_equal": ("top-1 equal", ".0%"),
     "max_rel": ("max rel. Δ", ".1e"),
     "max_abs": ("max |Δ|", ".1e"),
@@ -164,6 +168,14 @@ def _kernels(kernels: list[dict[str, Any]]) -> Table:
     return _table(columns, cells)
 
 
+def _show_perplexity(result: dict[str, Any], console: Console) -> None:
+    cells = [(row["name"], f"{row['perplexity']:.2f}", f"{row['to_fp32']:+.1%}") for row in result["perplexity"]]
+    console.print(_table(("activations", "perplexity", "to fp32"), cells))
+    console.print(Text(f"{result['held_out_tokens']} tokens that calibration has not seen"))
+    for note in result["outliers"]:
+        console.print(Text(note))
+
+
 def _show_qgemm(result: dict[str, Any], console: Console) -> None:
     """Every format at every shape: its speed against the limit that holds for it, and against fp32."""
     columns = ("format", "M x N x K", "ms", "GOP/s", "GB/s", "of the limit", "x fp32", "rel. error")
@@ -199,9 +211,8 @@ def _figures(result: dict[str, Any]) -> list[str]:
     if result["inductor"]:
         mode = result["inductor"]
         lines.append(f"inductor runs in its faster mode, {mode['mode']} ({_trial(mode)})")
-    if result["ctranslate2"]:
-        mode = result["ctranslate2"]
-        lines.append(f"CTranslate2 {mode['version']} runs on {mode['mode']}, the faster ({_trial(mode)})")
+    for name, mode in result["peers"].items():
+        lines.append(f"{name} {mode['version']} runs on {mode['mode']}, the faster ({_trial(mode)})")
     return lines
 
 

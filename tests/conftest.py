@@ -91,10 +91,11 @@ def root() -> Path:
 
 
 @pytest.fixture
-def without_ctranslate2(monkeypatch: pytest.MonkeyPatch) -> None:
-    """CTranslate2 is not installed, whether it is or not."""
+def without_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither CTranslate2 nor ONNX Runtime is installed, whether they are or not."""
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "ctranslate2" else find(n))
+    absent = ("ctranslate2", "onnxruntime")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n in absent else find(n))
 
 
 @pytest.fixture

@@ -18,10 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import planish
-from planish.bench import encoder, inductor, latency, limits, memory, overhead, report, result, softmax
+from planish.bench import encoder, inductor, latency, limits, memory, overhead, qgemm, report, result, softmax
+from planish.bench.int8_peers import ONNXRUNTIME_INT8, TORCH_INT8
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
+from planish.bench.peer import COMPUTE
 from planish.errors import TargetError, ToolchainError, UnknownNameError
+from planish.models.smollm2 import perplexity
 
 _MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
 
@@ -251,7 +254,7 @@ def test_peak_of_a_child_does_not_count_its_parent() -> None:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, without_ctranslate2: None) -> Callable[[], result.BenchResult]:
+def quick(monkeypatch: pytest.MonkeyPatch, without_peers: None) -> Callable[[], result.BenchResult]:
     """The encoder benchmark on two documents, without its rivals and without measuring processes."""
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr(
@@ -271,25 +274,31 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     assert {"bench", "machine", "threads", "limits", "rows", "kernels", "absent"} <= set(read)
     assert (read["bench"], read["threads"]) == ("encoder", torch.get_num_threads())
     assert {"fma_gflops": 100.0, "read_gbs": 20.0}.items() <= read["limits"].items()
-    assert [row["name"] for row in read["rows"]] == ["eager", "planish-fp32-padded", "planish-fp32-packed"]
+    exact = ["eager", "planish-fp32-padded", "planish-fp32-packed"]
+    integer = ["planish-int8", "planish-int4", "planish-w6a8"]
+    assert [row["name"] for row in read["rows"]] == ["eager", TORCH_INT8, *exact[1:], *integer]
     for row in read["rows"]:
         assert {"ms_median", "ms_min", "ratio_to_eager", "ratio_ci95", "quality"} <= set(row)
-        assert set(row["quality"]) == {"cosine_min", "cosine_mean", "max_abs"}
+        assert set(row["quality"]) == {"cosine_min", "cosine_mean", "max_abs", "pearson"}
         assert 0 < row["ms_min"] <= row["ms_median"]
         low, high = row["ratio_ci95"]
         assert low <= row["ratio_to_eager"] <= high
         assert len(row["rounds_ms"]) == 7
     assert read["rows"][0]["ratio_to_eager"] == 1.0
-    for row in read["rows"][1:]:
-        assert row["quality"] == pytest.approx({"cosine_min": 1.0, "cosine_mean": 1.0, "max_abs": 0.0}, abs=1e-9)
-    assert "claim_planish-fp32-padded" in read["rows"][2]
+    rows = {row["name"]: row for row in read["rows"]}
+    for name in exact + integer:
+        pearson = rows["eager"]["quality"]["pearson"]
+        want = {"cosine_min": 1.0, "cosine_mean": 1.0, "max_abs": 0.0, "pearson": pearson}
+        assert rows[name]["quality"] == pytest.approx(want, abs=2e-5)
+    assert rows[TORCH_INT8]["quality"]["cosine_min"] < 0.99
+    assert "claim_planish-fp32-padded" in rows["planish-fp32-packed"]
     for kernel in read["kernels"]:
         assert {"name", "shape", "ms", "gflops", "share_of_limit"} <= set(kernel)
     assert {tuple(k["batch"]) for k in read["kernels"] if k["name"] != "linear"} == {(1, 24), (1, 64), (7, 143)}
     assert {k["shape"][0] for k in read["kernels"] if k["name"] == "linear"} == {64, 1001, 4096}
-    assert [absent["name"] for absent in read["absent"]] == ["inductor", "ctranslate2-fp32"]
+    assert [absent["name"] for absent in read["absent"]] == ["inductor", *PEERS]
     assert "no-such-compiler" in read["absent"][0]["reason"]
-    extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory", "ctranslate2"}
+    extras = {"call_us", "after_torch_op_ratio", "compile_s", "second_compile_s", "memory", "peers"}
     assert extras <= set(read)
     assert read["memory"]["peak_rss"]["planish"]["after_run"] == 3 << 20
     text = _printed(read)
@@ -298,6 +307,9 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     assert "1000x1536x384" not in text
     assert "1001x1536x384" in text
     assert "arena: 3.0 MiB for 9.0 MiB of intermediates (33%)" in text
+
+
+PEERS = [ONNXRUNTIME_INT8, *COMPUTE]
 
 
 def _printed(read: dict[str, Any]) -> str:
@@ -313,6 +325,41 @@ def test_rows_compare_with_inductor_and_json_refuses_nan(tmp_path: Path) -> None
     assert (row.extra["claim"], row.extra["claim_inductor"]) == ("2.00x eager", "1.50x inductor")
     with pytest.raises(ValueError, match="JSON"):
         result.BenchResult("encoder", 1, {}, [row], []).write(tmp_path / "x.json")
+
+
+def test_qgemm_times_every_format_at_every_shape(monkeypatch: pytest.MonkeyPatch, without_peers: None) -> None:
+    monkeypatch.setattr(limits, "measure", lambda _: {"avx2": 100.0, "read": 20.0})
+    monkeypatch.setattr(qgemm, "SHAPES", ((5, 48, 64), (1, 48, 64)))
+    monkeypatch.setattr(qgemm, "VECTOR_DEPTH", 64)
+    monkeypatch.setattr(qgemm, "BEYOND", 1 / 1024)
+    monkeypatch.setattr(qgemm, "CALLS_MS", 0.01)
+    options = qgemm.Options(threads=torch.get_num_threads(), rounds=7, only=("w8a8", "w4a8-g32"))
+    read = qgemm.run(options, planish.compile, lambda _: None).to_dict()
+    names = ["fp32", "w8a8", "w4a8-g32"]
+    assert [(k["name"], k["shape"][0]) for k in read["kernels"]] == [
+        *((name, m) for m in (5, 1) for name in names),
+        ("w8a8", 1),
+        ("w4a8-g32", 1),
+    ]
+    by_name = {k["name"]: k for k in read["kernels"][:3]}
+    assert by_name["fp32"]["rel_err"] < 1e-6 < by_name["w8a8"]["rel_err"] < 0.02 < by_name["w4a8-g32"]["rel_err"] < 0.2
+    for k in read["kernels"]:
+        of = k["gflops"] / 100.0 if k["gbs"] is None else k["gbs"] / 20.0
+        assert k["share_of_limit"] == pytest.approx(of)
+    assert 0.0 < read["mlp_rel_err"]["planish w8a8"] < 0.02
+    assert "not installed" in read["mlp_rel_err"]["onnxruntime int8"]
+    text = _printed(read)
+    assert "5x48x64" in text
+    assert "400 GOP/s" in text
+    with pytest.raises(UnknownNameError, match="w9a8"):
+        qgemm.Options(threads=1, only=("w9a8",))
+
+
+def test_perplexity_of_a_sure_model_is_one() -> None:
+    ids = torch.tensor([[3, 1, 2]])
+    sure = torch.nn.functional.one_hot(torch.tensor([[1, 2, 0]]), 4) * 100.0
+    assert perplexity([sure], [{"input_ids": ids}]) == pytest.approx(1.0)
+    assert perplexity([torch.zeros(1, 3, 4)], [{"input_ids": ids}]) == pytest.approx(4.0)
 
 
 def test_too_few_rounds_are_refused() -> None:

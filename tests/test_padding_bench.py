@@ -177,7 +177,7 @@ Quick = Callable[..., result.BenchResult]
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, without_ctranslate2: None) -> Quick:
+def quick(monkeypatch: pytest.MonkeyPatch, without_peers: None) -> Quick:
     """The benchmark on a few short batches; ``passes`` collects what each build was compiled with."""
     monkeypatch.setattr(limits, "measure", lambda _: {"avx2": 100.0, "read": 20.0})
     options = padding.Options(torch.get_num_threads(), 7, lengths=(16,), fills=(0.5, 1.0), rows=4, docs=8, max_len=24)

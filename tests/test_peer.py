@@ -115,7 +115,7 @@ def test_what_it_cannot_convert_is_a_reason(package: Path) -> None:
         assert peer.startswith("CTranslate2 failed: AssertionError")
 
 
-def test_without_the_package_it_is_absent(without_ctranslate2: None) -> None:
+def test_without_the_package_it_is_absent(without_peers: None) -> None:
     with ctranslate2(_model(None), threads=1) as peer:
         assert peer == "package ctranslate2 is not installed (pip install 'planish[peers]')"
 
