@@ -284,7 +284,7 @@ def has_constant_weight(layer: fx.Node) -> bool:
     """Whether what a layer or convolution multiplies by can be packed beforehand."""
     weights = [layer.args[1]]
     if layer.target is QUANTIZED_LINEAR:
-        weights = [a for a in (*layer.args[1:5], *layer.args[8:10]) if a is not None]
+        weights = [a for a in (*layer.args[1:5], layer.args[6], *layer.args[8:10]) if a is not None]
     return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
 
 

@@ -16,7 +16,7 @@ def quantized_linear(
     minimums: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
-    input_scale: float | None,
+    input_scale: Tensor | None,
     format: str,
     outliers: Tensor | None = None,
     outlier_weight: Tensor | None = None,
@@ -34,7 +34,7 @@ def quantized_linear(
         minimums: [N, groups], of an asymmetric format.
         channels: [N], of a format with scales at two levels.
         bias: [N].
-        input_scale: of all rows; None to find each row's own.
+        input_scale: of all rows, fp32 [1]; None to find each row's own.
         format: its name, as in ``Format.parse``.
         outliers: input features that stay fp32, int64 [C].
         outlier_weight: their weights, fp32 [C, N].
@@ -42,7 +42,7 @@ def quantized_linear(
     weight = Quantized(Format.parse(format).weight, codes, scales, minimums, channels)
     group = weight.format.group or codes.shape[1]
     inner = x if outliers is None else x.index_fill(-1, outliers, 0.0)
-    of_x, row_scales = quantise_rows(inner, input_scale)
+    of_x, row_scales = quantise_rows(inner, None if input_scale is None else float(input_scale))
     result = x.new_zeros((*x.shape[:-1], codes.shape[0]), dtype=torch.float64)
     parts = zip(of_x.split(group, -1), codes.split(group, -1), strict=True)
     for g, (a, w) in enumerate(parts):
@@ -63,7 +63,7 @@ def _(
     minimums: Tensor | None,
     channels: Tensor | None,
     bias: Tensor | None,
-    input_scale: float | None,
+    input_scale: Tensor | None,
     format: str,
     outliers: Tensor | None = None,
     outlier_weight: Tensor | None = None,

@@ -24,7 +24,8 @@ class Quantized(nn.Module):
         for name, value in held.stored.items():
             self.register_buffer(name, value)
         self.register_buffer("bias", bias)
-        self.form, self.input_scale = form, input_scale
+        self.form = form
+        self.register_buffer("input_scale", None if input_scale is None else torch.tensor([input_scale]))
 
     def forward(self, x: Any) -> Tensor:
         """Of rows [..., K]."""

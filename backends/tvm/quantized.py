@@ -58,6 +58,7 @@ class IntegerTiles(Tiles):
         self.groups = self.form.weight.groups(stage.depth)
         self.rows = tile_rows(self.form.weight)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
+        self.scale = self.node.args[6]
         self.outliers = int(self.node.args[8].meta["val"].shape[0]) if len(self.node.args) > 8 else 0  # pyright: ignore
 
     @property
@@ -66,7 +67,7 @@ class IntegerTiles(Tiles):
         return self.units * UNIT
 
     def constants(self) -> list[tuple[Packed, str]]:
-        """Codes and what scales them; which input features stay fp32, and their weights."""
+        """Codes and what scales them; which input features stay fp32, and their weights; the input's scale if it is fixed."""
         weight = self.form.weight
         _, codes, scales, minimums, channels, *_ = self.node.args
         packed = [(Packed(codes, f"codes {weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
@@ -77,13 +78,14 @@ class IntegerTiles(Tiles):
         else:
             number = "float16" if weight.group else "float32"
             packed += [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
-        kept = zip(self.node.args[8:], ("int64", "float32"), strict=False)
+        kept = [*zip(self.node.args[8:], ("int64", "float32"), strict=False)]
+        kept += [(self.scale, "float32")] if self.scale is not None else []
         return packed + [(Packed(n, "plain", 0), dtype) for n, dtype in kept]  # pyright: ignore
 
     @property
     def numbers(self) -> int:
         """Constants that a tile reads."""
-        return len(self.constants()) - (2 if self.outliers else 0)
+        return len(self.constants()) - (2 if self.outliers else 0) - (self.scale is not None)
 
     def _numbers_per_column(self) -> list[int]:
         """How many of each constant but the codes a column has."""
@@ -141,7 +143,7 @@ class IntegerTiles(Tiles):
 
     def _add_outliers(self, code: StageCode, block: Block, row: Expr) -> None:
         """One row of a tile plus the products of its outliers in fp32."""
-        place, weights, values = code.place, code.constants[-1], code.scratch[-1]
+        place, weights, values = code.place, code.constants[self.numbers + 1], code.scratch[-1]
         start, first = T.bind(place.row(row) + block.column), T.bind((row - code.first) * self.outliers)
         for at, n in for_vectors(block.columns, block.lanes):
             total, whole = T.alloc_buffer((n,), "float32"), lanes_at(i32(0), n)
@@ -192,16 +194,17 @@ class _Quantise:
 
     def emit(self, at: Expr) -> None:
         """One row of the chunk."""
-        source, fixed = self.code.source, self.tiles.node.args[6]
+        source = self.code.source
         x, start = source.buffer, T.bind(source.row(self.code.first + at))
         if self.tiles.outliers:
             x, start = self._without_outliers(x, start, at), i32(0)
         top, poison = self._largest(x, start)
-        if fixed is None:
+        if self.tiles.scale is None:
             inverse = tirx.Select(top > f32(TINY), f32(LARGEST_CODE) / top, f32(0.0))
             scale = top / f32(LARGEST_CODE)
         else:
-            inverse, scale = f32(1.0) / f32(float(fixed)), f32(float(fixed))  # pyright: ignore
+            scale = keep(self.code.constants[-1][0])
+            inverse = f32(1.0) / scale
         T.buffer_store(self.code.scratch[1], scale + poison, [at])
         self._codes(x, start, at, keep(inverse))
 

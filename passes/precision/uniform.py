@@ -128,7 +128,7 @@ class _Work:
         with graph.inserting_before(layer):
             *held, outlier, exact = [n and graph.get_attr(n) for n in self.stored[key]]
             bias = self._corrected_bias(layer, bias_node, weight, self.stored[key], form, channels)
-            scale = self._static_scale(form, channels, outliers)
+            scale = self._static_scale(layer, form, channels, outliers)
             args = (x, *held, bias, scale, form.name, *((outlier, exact) if outliers is not None else ()))
             new = graph.call_function(QUANTIZED_LINEAR, args)
         new.meta["val"] = layer.meta["val"]
@@ -154,11 +154,15 @@ class _Work:
         count = min(self.options.outliers, len(channels.largest))
         return channels.largest.topk(count).indices.sort().values
 
-    def _static_scale(self, form: Format, channels: Channels | None, outliers: Tensor | None) -> float | None:
+    def _static_scale(
+        self, layer: fx.Node, form: Format, channels: Channels | None, outliers: Tensor | None
+    ) -> fx.Node | None:
+        """The input's scale for all rows: its largest value in calibration over 127."""
         if form.activation != "a8-static" or channels is None:
             return None
         largest = channels.largest if outliers is None else channels.largest.index_fill(0, outliers, 0.0)
-        return max(float(largest.max()), torch.finfo(torch.float32).tiny * LARGEST_CODE) / LARGEST_CODE
+        scale = largest.max().clamp_min(torch.finfo(torch.float32).tiny * LARGEST_CODE) / LARGEST_CODE
+        return self.program.module.graph.get_attr(self._add(f"{layer.name}_input_scale", scale.view(1)))
 
     def _corrected_bias(
         self,
