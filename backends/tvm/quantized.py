@@ -67,7 +67,7 @@ class IntegerTiles(Tiles):
         return self.units * UNIT
 
     def constants(self) -> list[tuple[Packed, str]]:
-        """Codes and what scales them; the features that stay fp32 with their weights; the input's scale if it is fixed."""
+        """Codes and what scales them; features that stay fp32 with their weights; the input's scale if it is fixed."""
         weight = self.form.weight
         _, codes, scales, minimums, channels, *_ = self.node.args
         packed = [(Packed(codes, f"codes {weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
