@@ -193,7 +193,14 @@ def test_calibration_without_integer_codes_is_an_error() -> None:
         planish.compile(block(), (data(2, 5, 64),), calibration=[(data(2, 5, 64),)])
 
 
-@pytest.mark.parametrize("p", [QuantizeUniform("w8a8-static"), QuantizeUniform("w8a8", outliers=4)])
+@pytest.mark.parametrize(
+    "p",
+    [
+        QuantizeUniform("w8a8-static"),
+        QuantizeUniform("w8a8", outliers=4),
+        QuantizeUniform("w8a8", head="w8a8-static"),
+    ],
+)
 def test_what_needs_calibration_says_so(p: QuantizeUniform) -> None:
     with pytest.raises(CalibrationError, match="without calibration"):
         quantised(block(), data(2, 5, 64), p)
@@ -202,6 +209,8 @@ def test_what_needs_calibration_says_so(p: QuantizeUniform) -> None:
 def test_an_unknown_format_lists_what_there_is() -> None:
     with pytest.raises(UnknownNameError, match="no weight format of 9 bits"):
         quantised(block(), data(2, 5, 64), QuantizeUniform("w9a8"))
+    with pytest.raises(UnknownNameError, match="no embedding format 'w4-g32'"):
+        quantised(block(), data(2, 5, 64), QuantizeUniform("w8a8", embedding="w4-g32"))
 
 
 def test_calibration_is_run_once_per_batch_and_changes_nothing_else() -> None:

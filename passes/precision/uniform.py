@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
-from planish.errors import CalibrationError
+from planish.errors import CalibrationError, UnknownNameError
 from planish.formats import LARGEST_CODE, Format, Quantized, quantise
 from planish.ops import LINEAR, QUANTIZED_LINEAR, VIEWS, aten, has_constant_weight
 from planish.passes.precision.calibration import Channels, observe
@@ -78,6 +78,8 @@ class _Work:
         channels = self._statistics(layers)
         for layer in layers:
             self._quantise(layer, channels.get(layer))
+        if self.options.embedding not in (FP32, "w8"):
+            raise UnknownNameError(f"no embedding format {self.options.embedding!r}", fix='use "fp" or "w8"')
         if self.options.embedding != FP32:
             for node in list(self.program.nodes()):
                 if node.target is aten.embedding.default:
@@ -104,8 +106,9 @@ class _Work:
     def _statistics(self, layers: list[fx.Node]) -> dict[fx.Node, Channels]:
         if self.program.calibration:
             return observe(self.program, layers)
-        needs = "static scales" if self.format.activation == "a8-static" else "outliers in fp32"
-        if self.format.activation == "a8-static" or self.options.outliers:
+        static = "a8-static" in (self.format.activation, self.head.activation)
+        needs = "static scales" if static else "outliers in fp32"
+        if static or self.options.outliers:
             raise CalibrationError(
                 f"{QuantizeUniform.name} was asked for {needs} without calibration",
                 why="they are found by running the model on representative inputs",
