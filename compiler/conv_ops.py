@@ -230,6 +230,12 @@ class Convolution:
         return plain and self.groups == 1
 
 
+def quantized_window(node: fx.Node) -> Window:
+    """The window of a ``planish::quantized_convolution`` node; its padding is that before each axis."""
+    kernel, stride, padding, dilation = (tuple(int(v) for v in a) for a in node.args[8:12])  # pyright: ignore
+    return Window(kernel, stride, padding[: len(kernel)], dilation, channels_last=True)
+
+
 def pool_window(node: fx.Node) -> tuple[Window, bool]:
     """The window of a pooling node and whether the output size is rounded up."""
     rank = node.args[0].meta["val"].dim() - 2  # pyright: ignore

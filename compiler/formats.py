@@ -157,7 +157,7 @@ class Quantized:
         return self.steps() * -float(1 << (self.format.bits - 1))
 
 
-def quantise(weight: Tensor, form: WeightFormat) -> Quantized:
+def quantise(weight: Tensor, form: WeightFormat, *, one_scale: bool = False) -> Quantized:
     """The nearest codes of a weight, with the scales that its extremes ask for.
 
     A symmetric group's extreme of larger magnitude gets code 0, whose value is one step further from 0 than the
@@ -166,6 +166,7 @@ def quantise(weight: Tensor, form: WeightFormat) -> Quantized:
     Args:
         weight: [N, K], finite.
         form: the format.
+        one_scale: give all of the weight the scale that its extremes ask for.
 
     Raises:
         ValueError: the weight is no matrix, is empty, holds NaN or infinity, or needs scales beyond fp16.
@@ -178,6 +179,8 @@ def quantise(weight: Tensor, form: WeightFormat) -> Quantized:
     grouped = torch.nn.functional.pad(weight.float(), (0, -depth % group), value=float("nan")).unflatten(1, (-1, group))
     low = grouped.nan_to_num(nan=float("inf")).amin(2)
     high = grouped.nan_to_num(nan=float("-inf")).amax(2)
+    if one_scale:
+        low, high = low.min().expand_as(low), high.max().expand_as(high)
     minimums = channels = None
     if form.symmetric:
         scales = torch.where(high > -low, high, low) / -float(1 << (form.bits - 1))

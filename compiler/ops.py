@@ -19,6 +19,10 @@ QUANTIZED_LINEAR = planish_ops.quantized_linear.default
 LAYERS = frozenset({LINEAR, QUANTIZED_LINEAR})
 """Linear layers; the second argument's axes are output and input features."""
 
+QUANTIZED_CONVOLUTION = planish_ops.quantized_convolution.default
+QUANTIZED = frozenset({QUANTIZED_LINEAR, QUANTIZED_CONVOLUTION})
+"""Layers on integer codes: their first eight arguments are the same."""
+
 ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
 LAYER_NORM = aten.layer_norm.default
@@ -283,8 +287,9 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 def has_constant_weight(layer: fx.Node) -> bool:
     """Whether what a layer or convolution multiplies by can be packed beforehand."""
     weights = [layer.args[1]]
-    if layer.target is QUANTIZED_LINEAR:
-        weights = [a for a in (*layer.args[1:5], layer.args[6], *layer.args[8:10]) if a is not None]
+    if layer.target in QUANTIZED:
+        optional = layer.args[8:] if layer.target is QUANTIZED_LINEAR else ()
+        weights = [a for a in (*layer.args[1:5], layer.args[6], *optional) if a is not None]
     return all(isinstance(w, fx.Node) and w.op == "get_attr" for w in weights)
 
 

@@ -17,6 +17,7 @@ from planish.ops import (
     LAYER_NORM,
     LAYERS,
     MATMUL,
+    QUANTIZED_CONVOLUTION,
     REDUCTIONS,
     ROWS,
     STATISTICS,
@@ -32,7 +33,7 @@ from planish.program import Program
 from planish.rules import remove_dead
 from planish.targets import Target
 
-WINDOWS = CONVOLUTIONS | POOLS
+WINDOWS = CONVOLUTIONS | POOLS | {QUANTIZED_CONVOLUTION}
 """Ops that combine a window of positions."""
 
 CHAIN_ROWS = 64
@@ -83,7 +84,7 @@ class FuseGroups(Pass):
 
 
 def _is_anchor(node: fx.Node) -> bool:
-    if node.target in CONVOLUTIONS | LAYERS:
+    if node.target in CONVOLUTIONS | LAYERS | {QUANTIZED_CONVOLUTION}:
         return has_constant_weight(node) and _is_float(node)
     return node.target in ROWS | REDUCTIONS | WINDOWS | {ATTENTION, VARLEN, MATMUL, STATISTICS} and _is_float(node)
 
@@ -91,6 +92,11 @@ def _is_anchor(node: fx.Node) -> bool:
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dtype is torch.float32
+
+
+def _makes_codes(group: Group, user: fx.Node) -> bool:
+    """Whether ``user`` turns the result of a layer, whose kernel can store bytes, into int8 codes."""
+    return group.anchor.target in LAYERS | {QUANTIZED_CONVOLUTION} and user.meta["val"].dtype is torch.int8
 
 
 @dataclass
@@ -111,6 +117,8 @@ class _Fusion:
             self._follow_norm(group)
             while (longer := self._next_layer(group, target)) is not None:
                 group = longer
+        elif anchor.target is QUANTIZED_CONVOLUTION:
+            self._follow(group)
         elif anchor.target in WINDOWS:
             self._read_through(group, anchor.args[:1])
             self._follow(group)
@@ -193,7 +201,7 @@ class _Fusion:
     def _follow(self, group: Group) -> None:
         """Take elementwise consumers of the same shape, as long as each is the only one."""
         while (user := self._only_user(group)) is not None:
-            if user.target not in ELEMENTWISE or not _is_float(user):
+            if user.target not in ELEMENTWISE or not (_is_float(user) or _makes_codes(group, user)):
                 return
             if self.program.shape(user) != self.program.shape(group.result):
                 self._refuse(user, f"its shape differs from {group.result.name}'s")

@@ -13,12 +13,13 @@ from torch import fx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import TASKS, Expr, ceil_div, i32, round_up, workspace
+from planish.backends.tvm.index import storage_dtype
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, call_tile, gemm_tile
 from planish.backends.tvm.operands import Matrix, product, row_stride
 from planish.backends.tvm.quantized import IntegerTiles
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles, stages_of
-from planish.ops import QUANTIZED_LINEAR
+from planish.ops import QUANTIZED, QUANTIZED_CONVOLUTION
 from planish.program import Program
 from planish.targets import Target
 
@@ -61,9 +62,9 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
                 with T.parallel(0, ceil_div(rows, chunk)) as c:
                     memory = [workspace(most * elements, dtype) for elements, dtype in scratch]
                     first = T.bind(c * chunk)
-                    code.emit(first, T.bind(T.min(chunk, rows - first)), memory, most, parallel=False)
+                    code.emit(first, T.bind(T.min(chunk, rows - first)), memory, parallel=False)
             with T.Else():
-                code.emit(i32(0), rows, extras[len(constants) :], few, parallel=True)
+                code.emit(i32(0), rows, extras[len(constants) :], parallel=True)
     m = product(program.shape(stages[0].linear)[:-1])
     shape = [m]
     for s in stages:
@@ -91,14 +92,9 @@ class Chain:
         """Tiles of each stage."""
         return Chain(target, stages, [_tiles(target, s) for s in stages])
 
-    @property
-    def between(self) -> int:
-        """Features of all results but the last."""
-        return sum(s.columns for s in self.stages[:-1])
-
     def scratch(self) -> list[tuple[int, str]]:
-        """Memory for each row: the results between the stages, if any, then what each stage's tiles need."""
-        between = [(self.between, "float32")] if self.between else []
+        """Memory for each row: the results of all stages but the last, then what each stage's tiles need."""
+        between = [(s.columns, storage_dtype(s.result.meta["val"].dtype)) for s in self.stages[:-1]]
         return between + [s for tiles in self.tiles for s in tiles.scratch()]
 
     def least_rows(self) -> int:
@@ -114,7 +110,7 @@ class Chain:
 
 
 def _tiles(target: Target, stage: Stage) -> Tiles:
-    return IntegerTiles(stage) if stage.linear.target is QUANTIZED_LINEAR else FloatTiles(target, stage)
+    return IntegerTiles(stage) if stage.linear.target in QUANTIZED else FloatTiles(target, stage)
 
 
 class FloatTiles(Tiles):
@@ -176,23 +172,21 @@ class ChainCode:
     constants: list[Any]
     out: Any
 
-    def emit(self, first: Expr, count: Expr, memory: list[Any], most: int, *, parallel: bool) -> None:
+    def emit(self, first: Expr, count: Expr, memory: list[Any], *, parallel: bool) -> None:
         """All stages for rows ``first .. first+count``.
 
         Args:
-            memory: ``Chain.scratch`` for ``most`` rows from ``first`` on.
+            memory: ``Chain.scratch`` for the rows from ``first`` on.
             parallel: make the column blocks parallel loops.
         """
         results: dict[fx.Node, Matrix] = {}
         constants, scratch = list(self.constants), list(memory)
-        between = scratch.pop(0) if self.chain.between else None
-        base: Expr = i32(0)
+        between = [scratch.pop(0) for _ in self.chain.stages[:-1]]
         for stage, tiles in zip(self.chain.stages, self.chain.tiles, strict=True):
             if stage is self.chain.stages[-1]:
                 place = Matrix(self.out, i32(0), i32(0), i32(stage.columns))
             else:
-                place = Matrix(between, base, first, i32(stage.columns))
-                base = base + i32(most * stage.columns)
+                place = Matrix(between.pop(0), i32(0), first, i32(stage.columns))
             own = [constants.pop(0) for _ in tiles.constants()], [scratch.pop(0) for _ in tiles.scratch()]
             code = StageCode(self.k, stage, tiles, *own, self._source(stage, results), place, results, first, count)
             code.emit(parallel=parallel)
@@ -203,6 +197,8 @@ class ChainCode:
         assert isinstance(x, fx.Node)
         if x in results:
             return results[x]
+        if stage.linear.target is QUANTIZED_CONVOLUTION:
+            return Matrix(self.k.ev.sources[x].buffer, i32(0), i32(0), i32(0))  # its rows are gathered from windows
         access = row_stride(self.k.ev, x, stage.depth)
         assert access is not None, "lower() has made the operand a matrix"
         source, stride, offset = access

@@ -22,6 +22,7 @@ from planish.backends.tvm.maps import index_reason
 from planish.backends.tvm.matmul import lower_grouped, lower_matmul
 from planish.backends.tvm.operands import row_stride
 from planish.backends.tvm.quantized import quantized_reason
+from planish.backends.tvm.quantized_depthwise import is_quantized_depthwise, lower_quantized_depthwise
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
@@ -43,6 +44,8 @@ from planish.ops import (
     LOG_SOFTMAX,
     MATMUL,
     PACKING,
+    QUANTIZED,
+    QUANTIZED_CONVOLUTION,
     QUANTIZED_LINEAR,
     RECURRENCES,
     REDUCTIONS,
@@ -118,6 +121,7 @@ def _op_reason(node: fx.Node) -> str | None:
     checks = {
         LINEAR: _linear_reason,
         QUANTIZED_LINEAR: quantized_reason,
+        QUANTIZED_CONVOLUTION: quantized_reason,
         ATTENTION: _attention_reason,
         aten.index.Tensor: index_reason,
     }
@@ -382,10 +386,8 @@ class Lowering:
 
     def _template(self, region: Region, lanes: int) -> Lowered:
         module, program = self.module, self.program
-        if anchor := region.find(LAYERS):
-            if anchor.target is QUANTIZED_LINEAR or self._has_constant_weight(anchor):
-                return lower_linear(module, program, region)
-            return lower_matmul(module, program, region, anchor, lanes)
+        if anchor := region.find(LAYERS | {QUANTIZED_CONVOLUTION}):
+            return self._layer(region, anchor, lanes)
         if anchor := region.find({MATMUL}):
             return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({GROUPED}):
@@ -405,6 +407,14 @@ class Lowering:
             if anchor := region.find(targets):
                 return lower(module, program, region, anchor)
         return lower_elementwise(module, program, region, lanes)
+
+    def _layer(self, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
+        """The kernel of a region around a linear layer, or around a layer on codes."""
+        if is_quantized_depthwise(anchor):
+            return lower_quantized_depthwise(self.module, self.program, region, anchor)
+        if anchor.target in QUANTIZED or self._has_constant_weight(anchor):
+            return lower_linear(self.module, self.program, region)
+        return lower_matmul(self.module, self.program, region, anchor, lanes)
 
     def _has_constant_weight(self, layer: fx.Node) -> bool:
         """Whether the weight can be packed beforehand; groups are formed around such layers only."""

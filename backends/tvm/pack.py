@@ -16,6 +16,7 @@ from planish.backends.tvm.integer_tile import (
     packed_size,
     packed_steps,
 )
+from planish.backends.tvm.quantized_depthwise import packed_pairs
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
 from planish.formats import FORMATS
 from planish.plan import ALIGN
@@ -83,6 +84,7 @@ LAYOUTS: dict[str, Layout] = {
     "transposed_taps": transposed_taps,
     "numbers": lambda t, width, lanes: packed_numbers(t),
     "steps": lambda t, width, lanes: packed_steps(t),
+    "pairs": lambda t, width, lanes: packed_pairs(t, width),
 }
 """Layout name to packing function (tensors, width, lanes) -> flat tensor; with those of each integer format."""
 
@@ -98,6 +100,9 @@ def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, l
         return packed_size((shape[0], shape[1]), CODES[layout])
     if layout in OFFSETS:
         return 4 * -(-shape[0] // WIDTH) * WIDTH * blocks(OFFSETS[layout], shape[1])
+    if layout == "pairs":
+        lines = shape[1] // width
+        return 2 * shape[0] * width * (lines + lines % 2)
     if layout in ("numbers", "steps"):
         shape = (-(-shape[0] // WIDTH) * WIDTH, *shape[1:], *([2] if layout == "steps" else []))
     elements = 1

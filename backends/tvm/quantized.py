@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
-from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, keep, lanes_at, splat, workspace
+from planish.backends.tvm.builder import Expr, for_vectors, i32, lanes_at, splat, workspace
 from planish.backends.tvm.integer_tile import (
-    LANES,
-    SHIFT,
     UNIT,
     WIDTH,
     activation_dtype,
@@ -20,21 +16,24 @@ from planish.backends.tvm.integer_tile import (
     build_integer_tile,
     build_unpacking,
     packed_size,
-    sum_factor,
     sums_in_integers,
     tile_rows,
 )
 from planish.backends.tvm.kernel import Packed, rows_in_parallel
+from planish.backends.tvm.row_codes import row_codes
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles, choose_rows
-from planish.backends.tvm.vmath import fused_multiply_add
-from planish.formats import LARGEST_CODE, TINY, Format
-from planish.ops import has_constant_weight
+from planish.formats import LARGEST_CODE, Format
+from planish.ops import QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, has_constant_weight
 
 
 def quantized_reason(node: fx.Node) -> str | None:
-    """Why a ``planish::quantized_linear`` has no kernel, or None; a group is formed around constant codes only."""
+    """Why a layer on integer codes has no kernel, or None; a group is formed around constant codes only."""
     form = Format.parse(str(node.args[7]))
     depth = int(node.args[1].meta["val"].shape[1])  # pyright: ignore
+    if node.target is QUANTIZED_CONVOLUTION:
+        inputs, groups = int(node.args[0].meta["val"].shape[-1]), int(node.args[12])  # pyright: ignore
+        if groups not in (1, inputs) or (groups != 1 and (form.weight.bits != 8 or not form.weight.symmetric)):
+            return f"a convolution on codes of {inputs} channels in {groups} groups, format {form.name}, has no kernel"
     if form.activation == "fp":
         return f"the format {form.name} keeps activations in fp32, which has no kernel yet"
     most = (1 << 31) // (LARGEST_CODE << form.weight.bits)
@@ -59,7 +58,10 @@ class IntegerTiles(Tiles):
         self.rows = tile_rows(self.form.weight)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
         self.scale = self.node.args[6]
-        self.outliers = int(self.node.args[8].meta["val"].shape[0]) if len(self.node.args) > 8 else 0  # pyright: ignore
+        optional = self.node.args[8:] if self.node.target is QUANTIZED_LINEAR else ()
+        self.kept, self.equaliser = optional[:2], optional[2] if len(optional) > 2 else None
+        self.kept = tuple(n for n in self.kept if n is not None)
+        self.outliers = int(self.kept[0].meta["val"].shape[0]) if self.kept else 0  # pyright: ignore
 
     @property
     def depth(self) -> int:
@@ -69,7 +71,7 @@ class IntegerTiles(Tiles):
     def constants(self) -> list[tuple[Packed, str]]:
         """Codes and what scales them; features that stay fp32 with their weights; the input's scale if it is fixed."""
         weight = self.form.weight
-        _, codes, scales, minimums, channels, *_ = self.node.args
+        codes, scales, minimums, channels = self.node.args[1:5]
         packed = [(Packed(codes, f"codes {weight.name}", 0), "int8" if self._wide else "uint8")]  # pyright: ignore
         if sums_in_integers(weight):
             packed += [(Packed(codes, f"offsets {weight.name}", 0, scales), "int32")]  # pyright: ignore
@@ -78,14 +80,20 @@ class IntegerTiles(Tiles):
         else:
             number = "float16" if weight.group else "float32"
             packed += [(Packed(n, "numbers", 0), number) for n in (scales, minimums) if n is not None]  # pyright: ignore
-        kept = [*zip(self.node.args[8:], ("int64", "float32"), strict=False)]
+        kept = [*zip(self.kept, ("int64", "float32"), strict=False)]
+        kept += [(self.equaliser, "float32")] if self.equaliser is not None else []
         kept += [(self.scale, "float32")] if self.scale is not None else []
         return packed + [(Packed(n, "plain", 0), dtype) for n, dtype in kept]  # pyright: ignore
 
     @property
     def numbers(self) -> int:
         """Constants that a tile reads."""
-        return len(self.constants()) - (2 if self.outliers else 0) - (self.scale is not None)
+        return len(self.constants()) - len(self.kept) - (self.equaliser is not None) - (self.scale is not None)
+
+    def optional(self, constants: list[Any]) -> tuple[Any, Any]:
+        """In memory: the features that stay fp32, and the equaliser; None for what there is not."""
+        features = constants[self.numbers] if self.outliers else None
+        return features, None if self.equaliser is None else constants[self.numbers + len(self.kept)]
 
     def _numbers_per_column(self) -> list[int]:
         """How many of each constant but the codes a column has."""
@@ -106,13 +114,13 @@ class IntegerTiles(Tiles):
 
     def prepare(self, code: StageCode, *, parallel: bool) -> None:
         """The rows as codes."""
-        quantise = _Quantise(code, self)
+        rows = row_codes(code, self)
         if parallel:
             with rows_in_parallel(code.count) as row:
-                quantise.emit(row)
+                rows.emit(row)
         else:
             with T.serial(0, code.count) as row:
-                quantise.emit(row)
+                rows.emit(row)
 
     def open(self, code: StageCode, block: Block) -> Any:
         """Unpack the block's panel if there are enough rows to gain from that; else the tiles do."""
@@ -183,81 +191,3 @@ class IntegerTiles(Tiles):
             T.evaluate(T.call_extern("int32", symbol, *operands, *sizes))
 
         choose_rows(left, self.rows if unpacked or self._wide else self.rows - 1, call)
-
-
-@dataclass
-class _Quantise:
-    """Code that turns a row of x into codes, their sums and their scale; the reference is ``quantise_rows``."""
-
-    code: StageCode
-    tiles: IntegerTiles
-
-    def emit(self, at: Expr) -> None:
-        """One row of the chunk."""
-        source = self.code.source
-        x, start = source.buffer, T.bind(source.row(self.code.first + at))
-        if self.tiles.outliers:
-            x, start = self._without_outliers(x, start, at), i32(0)
-        top, poison = self._largest(x, start)
-        if self.tiles.scale is None:
-            inverse = tirx.Select(top > f32(TINY), f32(LARGEST_CODE) / top, f32(0.0))
-            scale = top / f32(LARGEST_CODE)
-        else:
-            scale = keep(self.code.constants[-1][0])
-            inverse = f32(1.0) / scale
-        T.buffer_store(self.code.scratch[1], scale + poison, [at])
-        self._codes(x, start, at, keep(inverse))
-
-    def _without_outliers(self, x: Any, start: Expr, at: Expr) -> Any:
-        """A copy of the row with zeros at the outliers, which are stored apart."""
-        tiles, rest = self.tiles, workspace(self.tiles.depth)
-        features = self.code.constants[tiles.numbers]
-        for i, n in for_vectors(self.code.stage.depth, self.code.k.lanes):
-            T.buffer_store(rest, x[lanes_at(start + i, n)], [lanes_at(i, n)])
-        with T.serial(0, tiles.outliers) as c:
-            feature = keep(T.cast(features[c], "int32"))
-            T.buffer_store(self.code.scratch[-1], rest[feature], [at * tiles.outliers + c])
-            T.buffer_store(rest, f32(0.0), [feature])
-        return rest
-
-    def _largest(self, x: Any, start: Expr) -> tuple[Expr, Expr]:
-        """Largest magnitude of a row; and 0, or NaN if the row holds NaN or infinity."""
-        lanes = self.code.k.lanes
-        top, poison = (T.alloc_buffer((lanes,), "float32") for _ in range(2))
-        whole = T.ramp(0, 1, lanes)
-        for register in (top, poison):
-            T.buffer_store(register, splat(0.0, lanes), [whole])
-        for at, n in for_vectors(self.code.stage.depth, lanes):
-            value, place = keep(x[lanes_at(start + at, n)]), lanes_at(i32(0), n)
-            T.buffer_store(top, T.max(top[place], T.max(value, -value)), [place])
-            T.buffer_store(poison, fused_multiply_add(value, splat(0.0, n), poison[place]), [place])
-        largest = keep(horizontal(T.bind(top[whole]), lanes, T.max))
-        return largest, keep(horizontal(T.bind(poison[whole]), lanes, lambda a, b: a + b))
-
-    def _codes(self, x: Any, start: Expr, at_row: Expr, inverse: Expr) -> None:
-        tiles, lanes = self.tiles, self.code.k.lanes
-        form, padded, depth = tiles.form.weight, tiles.depth, self.code.stage.depth
-        dtype, group = activation_dtype(form), form.group or padded
-        codes, _, *sums = self.code.scratch
-        first = T.bind(at_row * padded)
-        total = T.alloc_buffer((LANES,), "int32")
-        whole = T.ramp(0, 1, LANES)
-        for at, n in for_vectors(depth, lanes):
-            value = x[lanes_at(start + at, n)] * splat(inverse, n)
-            value = T.max(splat(-float(LARGEST_CODE), n), T.min(splat(float(LARGEST_CODE), n), T.nearbyint(value)))
-            code = T.cast(keep(value), "int32" if n == 1 else f"int32x{n}")
-            code = code + splat(SHIFT, n, "int32") if sums_in_integers(form) else code
-            code = T.cast(keep(code), dtype if n == 1 else f"{dtype}x{n}")
-            T.buffer_store(codes, code, [lanes_at(first + at, n)])
-        with T.serial(depth, padded) as at:
-            T.buffer_store(codes, tirx.const(0, dtype), [first + at])
-        if sums_in_integers(form):
-            return
-        with T.serial(0, tiles.groups) as g:
-            T.buffer_store(total, splat(0, LANES, "int32"), [whole])
-            begin = T.bind(g * group)
-            with T.serial(0, T.bind(T.floordiv(T.min(padded - begin, group), LANES))) as v:
-                part = T.cast(codes[lanes_at(first + begin + v * LANES, LANES)], f"int32x{LANES}")
-                T.buffer_store(total, total[whole] + part, [whole])
-            of_group = horizontal(T.bind(total[whole]), LANES, lambda a, b: a + b)
-            T.buffer_store(sums[0], of_group * sum_factor(form), [at_row * tiles.groups + g])

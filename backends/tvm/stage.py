@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import fx
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, ceil_div, i32, keep, lanes_at
+from planish.backends.tvm.builder import Expr, ceil_div, i32, keep, lanes_at, workspace
 from planish.backends.tvm.expr import Rows
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.kernel import Kernel, Packed, Region, rows_in_parallel
@@ -19,12 +19,15 @@ from planish.backends.tvm.microkernel import prefetch
 from planish.backends.tvm.operands import Matrix
 from planish.backends.tvm.rowwise import normalise_row
 from planish.backends.tvm.scalars import ELEMENTWISE
-from planish.ops import LAYER_NORM, LAYERS, QUANTIZED_LINEAR
+from planish.ops import LAYER_NORM, LAYERS, QUANTIZED, QUANTIZED_CONVOLUTION
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One linear layer of a region: its op, the last elementwise op on its tiles, and the norm of its rows, if any."""
+    """One linear layer of a region: its op, the last elementwise op on its tiles, and the norm of its rows, if any.
+
+    A convolution on codes is a layer of what each of its positions sees.
+    """
 
     linear: fx.Node
     stored: fx.Node
@@ -48,14 +51,14 @@ class Stage:
     @property
     def bias(self) -> fx.Node | None:
         """The bias in memory, if there is one."""
-        at = 5 if self.linear.target is QUANTIZED_LINEAR else 2
+        at = 5 if self.linear.target in QUANTIZED else 2
         bias = self.linear.args[at] if len(self.linear.args) > at else None
         return bias if isinstance(bias, fx.Node) else None
 
 
 def stages_of(region: Region) -> list[Stage]:
     """The region's linear layers in order; a stage ends where the next one's input, or the region's result, is."""
-    linears = [n for n in region.nodes if n.target in LAYERS]
+    linears = [n for n in region.nodes if n.target in LAYERS | {QUANTIZED_CONVOLUTION}]
     ends = [n.args[0] for n in linears[1:]] + [region.result]
     stages: list[Stage] = []
     for linear, end in zip(linears, ends, strict=True):
@@ -179,14 +182,22 @@ class StageCode:
         rows = self.tiles.rows
         done = self.stage.stored is self.stage.linear and (self.tiles.adds_bias(block) or self.stage.bias is None)
         opened = self.tiles.open(self, block)
+        aside = None if self._stores_fp32 else workspace(rows * block.span)
         with T.serial(0, ceil_div(self.count, rows)) as t:
             row = T.bind(self.first + t * rows)
             left = T.bind(self.count - t * rows)
             self._fetch_residuals(row, T.min(left, rows), block)
-            self.tiles.multiply(self, block, row, left, t, opened)
+            sums = self.place if aside is None else Matrix(aside, 0 - block.column, row, i32(block.span))
+            self.tiles.multiply(replace(self, place=sums), block, row, left, t, opened)
             if not done:
                 with T.serial(0, T.min(left, rows)) as i:
-                    self._epilogue(T.bind(row + i), block)
+                    self._epilogue(T.bind(row + i), block, sums)
+
+    @property
+    def _stores_fp32(self) -> bool:
+        """Whether a tile's sums can lie where the result goes; else they lie aside until the epilogue has made codes of
+        them."""
+        return self.stage.stored.meta["val"].dtype is torch.float32
 
     def _fetch_residuals(self, row: Expr, count: Expr, block: Block) -> None:
         """Have what the epilogue adds on its way from memory while the tile multiplies.
@@ -207,16 +218,16 @@ class StageCode:
         users = {n for n in self.k.region.nodes if n.target in ELEMENTWISE and node in n.all_input_nodes}
         return node.meta["val"].dtype is torch.float32 and bool(users)
 
-    def _epilogue(self, row: Expr, block: Block) -> None:
-        """The elementwise chain, and the bias where the tile did not add it, on one row of a tile, in place."""
+    def _epilogue(self, row: Expr, block: Block, sums: Matrix) -> None:
+        """The elementwise chain, and the bias where the tile did not add it, on one row of a tile's sums."""
         ev, lanes = self.k.ev, self.k.lanes
         index = self._enter_row(row)
-        start = T.bind(self.place.row(row) + block.column)
+        start, own = T.bind(self.place.row(row) + block.column), T.bind(sums.row(row) + block.column)
         bias = None if self.tiles.adds_bias(block) else self.stage.bias
 
         def element(at: Expr, count: int) -> None:
             place, last = lanes_at(start + at, count), lanes_at(block.column + at, count)
-            value = self.place.buffer[place]
+            value = sums.buffer[lanes_at(own + at, count)]
             if bias is not None:
                 value = value + ev.at(bias, (last,))
             ev.computed = {self.stage.linear: T.bind(value)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from planish.ops import planish_ops
 from planish.program import Program, source_line
 
 
+SAMPLE = 256
+"""Rows of a layer's input that are kept, in all and of each batch."""
+
+
 @dataclass
 class Channels:
     """Statistics of a layer's input, channel by channel (the last axis, K).
@@ -25,12 +29,20 @@ class Channels:
         later: the same without the first token of each sequence, [K]; equal where there are no sequences.
         total: sum over all rows, fp64 [K].
         rows: how many.
+        parts: of each batch some rows, at most SAMPLE.
     """
 
     largest: Tensor
     later: Tensor
     total: Tensor
     rows: int = 0
+    parts: list[Tensor] = field(default_factory=list[Tensor])
+
+    @property
+    def sample(self) -> Tensor:
+        """Some of the rows, evenly spaced over all batches, [at most SAMPLE, K]."""
+        rows = torch.cat(self.parts)
+        return rows[:: -(-len(rows) // SAMPLE)]
 
     @property
     def mean(self) -> Tensor:
@@ -49,6 +61,7 @@ class Channels:
             self.later = torch.maximum(self.later, rest.abs().amax(0))
         self.total += x.double().sum(0)
         self.rows += len(x)
+        self.parts.append(x[:: -(-len(x) // SAMPLE)].clone())
 
 
 def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channels]:
