@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import product
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from planish.backends.tvm.integer_tile import TILE_ROWS
+from planish.backends.tvm.integer_tile import TILE_ROWS, tile_rows
 from planish.backends.tvm.microkernel import gemm_tile
 from planish.bench.qgemm import Layer
 from planish.costs import FP32, CostTable, LayerCost
@@ -30,7 +30,7 @@ class Grid:
         rows: numbers of rows M; some are more than 1.
         shapes: pairs of N and K.
         formats: of the layers.
-        rounds: times everything is timed in turn; the best counts.
+        rounds: times everything is timed in turn; the median counts.
     """
 
     rows: tuple[int, ...] = (1, 64, 256)
@@ -41,6 +41,9 @@ class Grid:
 
 GRID = Grid()
 """Widths of small and base transformers. It takes a few minutes."""
+
+MARGIN = 1.03
+"""Gain that is no noise."""
 
 REPEATS = 7
 """Timed calls of a kernel in a round at least, of which the median counts; short ones are called for milliseconds."""
@@ -61,9 +64,7 @@ class Layers(torch.nn.Module):
 def run(grid: Grid, target: Target, compile_model: Callable[..., Any], log: Callable[[str], None]) -> CostTable:
     """Measure the grid on as many threads as the target has cores.
 
-    All layers are timed in turn, the blockings of a format right after each other: a shared machine is slow in bursts,
-    which outlast the calls of a round. They only add time, and blunt what is different: so the best round counts. A
-    layer gets the blocking that is best where it has more than one row: at one row all are the same.
+    All layers are timed in turn, the blockings of a format right after each other: a shared machine is slow in bursts.
 
     Args:
         grid: what to measure.
@@ -83,12 +84,9 @@ def run(grid: Grid, target: Target, compile_model: Callable[..., Any], log: Call
         torch.set_num_threads(threads)
     layers: list[LayerCost] = []
     for form, (n, k) in product(grid.formats, grid.shapes):
-        measured = {
-            tile_rows: tuple((m, _ms(samples[form, n, k, tile_rows, m])) for m in sorted(grid.rows))
-            for tile_rows in _blockings(form)
-        }
-        best = min(measured, key=lambda tile_rows: math.prod(ms for m, ms in measured[tile_rows] if m > 1))
-        layers.append(LayerCost(form, n, k, best or gemm_tile(target, n).rows, measured[best]))
+        best = _best(form, n, k, grid, samples)
+        ms = tuple((m, _ms(samples[form, n, k, best, m])) for m in sorted(grid.rows))
+        layers.append(LayerCost(form, n, k, best or gemm_tile(target, n).rows, ms))
     return CostTable(target.machine, tuple(sorted(layers)))
 
 
@@ -97,8 +95,27 @@ Key = tuple[str, int, int, int | None, int]
 
 
 def _blockings(form: str) -> tuple[int | None, ...]:
-    """Tile rows to choose from; None where the kernel chooses by itself."""
-    return (None,) if form == FP32 else TILE_ROWS
+    """Tile rows to choose from, first what counts without a table; None where the kernel chooses by itself."""
+    if form == FP32:
+        return (None,)
+    usual = tile_rows(Format.parse(form).weight)
+    return (usual, *(rows for rows in TILE_ROWS if rows != usual))
+
+
+def _best(form: str, n: int, k: int, grid: Grid, samples: dict[Key, list[float]]) -> int | None:
+    """The blocking that gains most over the usual one, or that one where none gains more than ``MARGIN``.
+
+    A gain is the median ratio of times that were taken one after the other, where there is more than one row: at one
+    row all blockings are the same.
+    """
+    usual, *others = _blockings(form)
+
+    def gain(rows: int | None) -> float:
+        keys = [((form, n, k, usual, m), (form, n, k, rows, m)) for m in grid.rows if m > 1]
+        return statistics.median(a / b for x, y in keys for a, b in zip(samples[x], samples[y], strict=True))
+
+    best = max(others, key=gain, default=usual)
+    return best if gain(best) > MARGIN else usual
 
 
 def _samples(
@@ -119,10 +136,10 @@ def _samples(
     for number in range(grid.rounds):
         log(f"measuring, round {number + 1} of {grid.rounds}")
         for form, m in product(grid.formats, grid.rows):
-            for tile_rows, call in calls[form].items():
+            for rows, call in calls[form].items():
                 for time in call.kernels(tuple(x[:m] for x in inputs), repeats=REPEATS):
                     _, n, k = time.shape
-                    samples.setdefault((form, n, k, tile_rows, m), []).append(time.ms)
+                    samples.setdefault((form, n, k, rows, m), []).append(time.ms)
     return samples
 
 
@@ -144,15 +161,15 @@ def _dims(grid: Grid) -> dict[str, dict[int, Dim]]:
     return {f"xs.{i}": {0: Dim("rows", 1, max(grid.rows))} for i in range(len(grid.shapes))}
 
 
-def _asking(target: Target, form: str, grid: Grid, tile_rows: int | None) -> Target:
+def _asking(target: Target, form: str, grid: Grid, rows: int | None) -> Target:
     """The target with a table that asks for a blocking: nobody reads the time in it."""
-    layers = (LayerCost(form, n, k, tile_rows, ((1, 1.0),)) for n, k in sorted(grid.shapes) if tile_rows is not None)
+    layers = (LayerCost(form, n, k, rows, ((1, 1.0),)) for n, k in sorted(grid.shapes) if rows is not None)
     return replace(target, format="", costs=CostTable(target.machine, tuple(layers)))
 
 
 def _ms(samples: list[float]) -> float:
-    """The best round, in as many digits as are not noise."""
-    ms = min(samples)
+    """The median, in as many digits as are not noise."""
+    ms = statistics.median(samples)
     if ms <= 0:
         raise CostTableError(
             "a kernel took no longer than calls that run none",

@@ -143,11 +143,11 @@ def test_doctor_tunes_and_says_which_table_counts(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("COLUMNS", "200")
     before = CliRunner().invoke(app, ["doctor"])
     assert "shipped defaults for" in before.output
-    grid = tune.Grid(rows=(1, 8), shapes=((48, 64),), formats=("fp32", "w2a8-g32"), rounds=1)
+    grid = tune.Grid(rows=(1, 8), shapes=((256, 512),), formats=("fp32", "w8a8"), rounds=1)
     monkeypatch.setattr(tune, "GRID", grid)
     tuned = CliRunner().invoke(app, ["doctor", "--tune"])
     assert tuned.exit_code == 0, tuned.output
-    for text in ("w2a8-g32", "48 x 64", "tile rows", "GFLOP/s at 8", "written: "):
+    for text in ("w8a8", "256 x 512", "tile rows", "GFLOP/s at 8", "written: "):
         assert text in tuned.output
     assert "measured on this machine" in CliRunner().invoke(app, ["doctor"]).output
     (file,) = (tmp_path / "planish").glob("costs-*.json")

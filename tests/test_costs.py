@@ -6,6 +6,7 @@ import logging
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 
 import planish
 from planish import reuse
+from planish.backends.base import KernelTime
+from planish.backends.tvm.microkernel import gemm_tile
 from planish.bench import tune
 from planish.bench.qgemm import Layer
 from planish.costs import FP32, CostTable, LayerCost, Machine, choose_table, shipped_table
@@ -178,6 +181,21 @@ def test_tiles_are_those_of_the_nearest_layer() -> None:
     assert torch.equal(*results)
 
 
+def test_layers_of_one_kernel_may_have_different_tiles() -> None:
+    def quantized(n: int, k: int) -> Layer:
+        return Layer(quantise(torch.randn(n, k), Format.parse("w4a8-g32").weight), "w4a8-g32")
+
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(quantized(96, 64), torch.nn.ReLU(), quantized(64, 96)).eval(), torch.randn(301, 64)
+    results = []
+    for first, second in ((4, 6), (6, 4)):
+        layers = (LayerCost("w4a8-g32", 64, 96, second, ((1, 1.0),)), LayerCost("w4a8-g32", 96, 64, first, ((1, 1.0),)))
+        compiled = planish.compile(model, (x,), replace(Target.host(), costs=CostTable(HERE, layers)))
+        assert [time.shape for time in compiled.kernels((x,), repeats=1)] == [(301, 96, 64, 64, 96)]
+        results.append(compiled(x))
+    assert torch.equal(*results)
+
+
 def test_a_compile_is_reused_for_an_equal_table_only() -> None:
     layer, x = torch.nn.Linear(8, 8).eval(), torch.randn(3, 8)
     keys = [reuse.fingerprint(layer, (x,), target, None, [], "error") for target in map(with_rows, (4, 4, 6))]
@@ -186,20 +204,55 @@ def test_a_compile_is_reused_for_an_equal_table_only() -> None:
     assert repr(slower) != repr(TABLE)
 
 
+@pytest.mark.parametrize(("times", "best"), [((1.0, 1.0, 9.0), 6), ((0.99, 0.99, 0.5), 6), ((0.9, 0.9, 9.0), 4)])
+def test_tune_changes_a_blocking_for_a_clear_gain_only(times: tuple[float, ...], best: int) -> None:
+    """Six rows are usual; at one row the tile is the same."""
+    grid = tune.Grid(rows=(1, 64))
+    samples: dict[tune.Key, list[float]] = {}
+    for m in grid.rows:
+        samples["w4a8-g32", 384, 384, 6, m] = [1.0, 1.0, 1.0]
+        samples["w4a8-g32", 384, 384, 4, m] = list(times) if m > 1 else [0.1, 0.1, 0.1]
+    assert tune._best("w4a8-g32", 384, 384, grid, samples) == best
+
+
+def test_a_time_of_nothing_is_no_measurement() -> None:
+    assert tune._ms([0.3, 0.12345, -1.0]) == 0.1235
+    with pytest.raises(CostTableError, match=r"busy(.|\n)*idle"):
+        tune._ms([0.1, 0.0, -0.1])
+
+
+class Timed:
+    """What tune is given in place of a compiled model: times by M, less with four rows where N is 512."""
+
+    def __init__(self, _model: Any, _inputs: Any, target: Target, *, dynamic: Any, cache: bool) -> None:
+        assert not cache
+        assert target.costs is not None
+        self.costs = target.costs
+        self.dims = dynamic
+
+    def kernels(self, xs: tuple[torch.Tensor, ...], repeats: int) -> list[KernelTime]:
+        assert repeats
+        assert len(xs) == len(self.dims) == 2
+        shapes = [(xs[0].shape[0], 512, xs[0].shape[1]), (xs[1].shape[0], 256, xs[1].shape[1])]
+        four = [self.costs.tile_rows("w4a8-g32", n, k) == 4 and n == 512 for _, n, k in shapes]
+        return [KernelTime("", "", s, s[0] * (0.5 if f else 1.0), 0, 1) for s, f in zip(shapes, four, strict=True)]
+
+
 def test_tune_measures_the_grid() -> None:
-    grid = tune.Grid(rows=(1, 8), shapes=((64, 32), (32, 96)), formats=(FP32, "w4a8-g32"), rounds=1)
-    target, phases, threads = Target.host(), [], torch.get_num_threads()
-    table = tune.run(grid, target, planish.compile, phases.append)
+    grid = tune.Grid(rows=(1, 8), shapes=((512, 128), (256, 512)), formats=("w4a8-g32", FP32), rounds=2)
+    target, phases, threads = Target.host(), list[str](), torch.get_num_threads()
+    table = tune.run(grid, target, Timed, phases.append)
     assert torch.get_num_threads() == threads
     assert table.machine == target.machine
-    assert [(t.format, t.n, t.k) for t in table.layers] == [
-        (FP32, 32, 96),
-        (FP32, 64, 32),
-        ("w4a8-g32", 32, 96),
-        ("w4a8-g32", 64, 32),
-    ]
-    assert all(t.tile_rows in tune.TILE_ROWS for t in table.layers if t.format != FP32)
-    assert phases == ["compiling layers in fp32", "compiling layers in w4a8-g32", "measuring, round 1 of 1"]
+    usual = gemm_tile(target, 256).rows, gemm_tile(target, 512).rows
+    assert table.layers == (
+        LayerCost(FP32, 256, 512, usual[0], ((1, 1.0), (8, 8.0))),
+        LayerCost(FP32, 512, 128, usual[1], ((1, 1.0), (8, 8.0))),
+        LayerCost("w4a8-g32", 256, 512, 6, ((1, 1.0), (8, 8.0))),
+        LayerCost("w4a8-g32", 512, 128, 4, ((1, 0.5), (8, 4.0))),
+    )
+    assert phases[:2] == ["compiling layers in w4a8-g32", "compiling layers in fp32"]
+    assert phases[2:] == ["measuring, round 1 of 2", "measuring, round 2 of 2"]
     columns, rows = tune.as_rows(table)
     assert columns == ["format", "N x K", "tile rows", "GFLOP/s at 1", "GFLOP/s at 8"]
     assert [row[:2] for row in rows] == [[t.format, f"{t.n} x {t.k}"] for t in table.layers]
