@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
     from rich.table import Table
 
+    from planish.targets import Target
+
 app = typer.Typer(
     name="planish",
     help="Compiles PyTorch models through small verified passes into one native function.",
@@ -188,9 +190,28 @@ def _step_row(step: dict[str, Any]) -> list[str]:
 
 
 @app.command()
-def doctor() -> None:
-    """Show what planish finds on this machine: processor, threads, compilers, packages."""
-    _print_table(["what", "found"], _findings())
+def doctor(
+    tune: Annotated[
+        bool, typer.Option("--tune", help="measure linear layers, and keep what is best here for later compiles")
+    ] = False,
+) -> None:
+    """Show what planish finds on this machine: processor, threads, compilers, packages, measured kernel times."""
+    if tune:
+        _tune()
+    else:
+        _print_table(["what", "found"], _findings())
+
+
+def _tune() -> None:
+    """Measure the cost table of this machine, which takes a few minutes, keep it and print it."""
+    import planish
+    from planish.bench import tune
+
+    with _progress() as advance:
+        table = tune.run(tune.GRID, planish.Target.host(), planish.compile, advance)
+    path = table.save()
+    _print_table(*tune.as_rows(table))
+    typer.echo(f"written: {path}")
 
 
 def _findings() -> list[list[str]]:
@@ -203,14 +224,16 @@ def _findings() -> list[list[str]]:
 
     from planish.backends.tvm import runtime
     from planish.models import MODELS
-    from planish.targets import host_isa_levels
+    from planish.targets import Target, host_isa_levels
 
     rows = [["python", platform.python_version()]]
     rows += [[name, metadata.version(name)] for name in ("planish", "torch", "apache-tvm", "apache-tvm-ffi")]
+    levels = ", ".join(host_isa_levels())
     rows += [
-        ["processor", f"{platform.machine()}; levels: {', '.join(host_isa_levels()) or 'none that planish generates'}"],
+        ["processor", f"{platform.machine()}; levels: {levels or 'none that planish generates'}"],
         ["torch threads", str(torch.get_num_threads())],
     ]
+    rows += [["cost table", _cost_table(Target.host())]] if levels else []
     try:
         rows += [[f"thread launcher: {name}", value] for name, value in runtime.describe().items()]
     except ToolchainError as error:  # the very thing a doctor is asked about: a finding, not a failure
@@ -223,6 +246,14 @@ def _findings() -> list[list[str]]:
         missing = [name for name in modules if util.find_spec(name) is None]
         rows.append([f"planish[{extra}]", f"not installed: {', '.join(missing)}" if missing else "installed"])
     return rows
+
+
+def _cost_table(host: Target) -> str:
+    """Which table of measured kernel times is in use, and what is wrong with the user's."""
+    from planish.costs import choose_table
+
+    choice = choose_table(host.machine)
+    return choice.origin if choice.problem is None else f"{choice.origin}\n{choice.problem}"
 
 
 @contextmanager

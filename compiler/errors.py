@@ -125,6 +125,12 @@ class ToolchainError(PlanishError):
     code = "toolchain"
 
 
+class CostTableError(PlanishError):
+    """A table of kernel times cannot be measured, read or written."""
+
+    code = "costs"
+
+
 class MissingPackageError(PlanishError):
     """An optional package is needed for what was asked."""
 

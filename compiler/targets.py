@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from planish.costs import CostTable, Machine, choose_table, shipped_table
 from planish.errors import TargetError, UnknownNameError
+
+log = logging.getLogger("planish")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Target:
         llc_bytes: last-level cache in bytes.
         format: of the layers that quantize-uniform turns into integer codes, as in ``Format.parse``; empty for fp32.
         cores: cores that share the last-level cache; code is chosen for as many threads, and runs on any number.
+        costs: measured times of linear layers, which decide their blocking; None for the kernels' own defaults.
     """
 
     name: str
@@ -41,6 +46,7 @@ class Target:
     llc_bytes: int = 0
     cores: int = 0
     format: str = ""
+    costs: CostTable | None = None
 
     @property
     def lanes(self) -> int:
@@ -51,6 +57,11 @@ class Target:
     def shared_rows(self) -> int:
         """Fewest rows that the cores share out evenly enough: where there are fewer, long rows are cut."""
         return 2 * self.cores
+
+    @property
+    def machine(self) -> Machine:
+        """This machine, with the target's caches and cores, as cost tables describe it."""
+        return Machine(_host_processor(), self.isa, self.l2_bytes, self.llc_bytes, self.cores)
 
     @staticmethod
     def parse(spelling: str | Target) -> Target:
@@ -73,11 +84,13 @@ class Target:
                 why=f"the processor offers: {', '.join(host_isa_levels()) or 'none of the supported levels'}",
                 fix="use target='cpu' to get the best level this machine runs",
             )
-        return target
+        return replace(target, costs=shipped_table(target.isa)) if target.isa else target
 
     @staticmethod
     def host() -> Target:
-        """The best CPU target of this machine.
+        """The best CPU target of this machine, with the cost table measured on it or the shipped one.
+
+        A measured one that is damaged is not used, which the log says.
 
         Raises:
             TargetError: the processor has none of the instruction-set levels planish generates.
@@ -86,7 +99,11 @@ class Target:
             if TARGETS[name].isa in host_isa_levels():
                 table = TARGETS[name]
                 llc_bytes, cores = _host_last_level(table.llc_bytes, table.cores)
-                return replace(table, l2_bytes=_host_l2_bytes(table.l2_bytes), llc_bytes=llc_bytes, cores=cores)
+                found = replace(table, l2_bytes=_host_l2_bytes(table.l2_bytes), llc_bytes=llc_bytes, cores=cores)
+                choice = choose_table(found.machine)
+                if choice.problem is not None:
+                    log.warning("%s are used as cost table:\n%s", choice.origin, choice.problem)
+                return replace(found, costs=choice.table)
         raise TargetError(
             f"this processor ({platform.machine()}) has neither AVX2 with FMA nor AVX-512",
             why="planish's CPU kernels are written for those levels",
@@ -135,12 +152,25 @@ _ISA_FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512
 
 def host_isa_levels() -> tuple[str, ...]:
     """The instruction-set levels of this processor, weakest first."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ()
-    flags = next((set(line.split(":", 1)[1].split()) for line in lines if line.startswith("flags")), set())
+    flags = set(_processor_facts().get("flags", "").split())
     return tuple(level for level, need in _ISA_FLAGS.items() if need <= flags)
+
+
+def _host_processor() -> str:
+    """Name and numbers of this processor: virtual ones of several generations have the same name."""
+    facts = _processor_facts()
+    numbers = [f"{what} {facts[key]}" for what, key in (("family", "cpu family"), ("model", "model")) if key in facts]
+    return ", ".join([facts.get("model name", platform.machine()), *numbers])
+
+
+def _processor_facts() -> dict[str, str]:
+    """What the kernel says of the first processor, by name; nothing where it does not say it in the way of x86."""
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _host_l2_bytes(default: int) -> int:

@@ -132,5 +132,27 @@ def test_targets_and_passes_list_the_registries() -> None:
 def test_doctor_names_versions_threads_and_route(tmp_path: Path) -> None:
     done = _planish("doctor", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for text in ("torch threads", "thread launcher", "apache-tvm-ffi", "cc"):
+    for text in ("torch threads", "thread launcher", "apache-tvm-ffi", "cc", "cost table"):
         assert text in done.stdout
+
+
+def test_doctor_tunes_and_says_which_table_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from planish.bench import tune
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    before = CliRunner().invoke(app, ["doctor"])
+    assert "shipped defaults for" in before.output
+    grid = tune.Grid(rows=(1, 8), shapes=((256, 512),), formats=("fp32", "w8a8"), rounds=1)
+    monkeypatch.setattr(tune, "GRID", grid)
+    tuned = CliRunner().invoke(app, ["doctor", "--tune"])
+    assert tuned.exit_code == 0, tuned.output
+    for text in ("w8a8", "256 x 512", "tile rows", "GFLOP/s at 8", "written: "):
+        assert text in tuned.output
+    assert "measured on this machine" in CliRunner().invoke(app, ["doctor"]).output
+    (file,) = (tmp_path / "planish").glob("costs-*.json")
+    file.write_text("{")
+    damaged = CliRunner().invoke(app, ["doctor"])
+    assert damaged.exit_code == 0
+    for text in ("shipped defaults for", file.name, "fix: run `planish doctor --tune`"):
+        assert text in damaged.output

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SETUPTOOLS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
 FOLDERS = {"planish": "compiler"} | {f"planish.{name}": name for name in ("passes", "backends", "models", "bench")}
-DATA = {".c", ".h", ".j2", ".typed"}
+DATA = {".c", ".h", ".j2", ".json", ".typed"}
 
 
 def _package(folder: Path) -> str:

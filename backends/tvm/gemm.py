@@ -110,7 +110,7 @@ class Chain:
 
 
 def _tiles(target: Target, stage: Stage) -> Tiles:
-    return IntegerTiles(stage) if stage.linear.target in QUANTIZED else FloatTiles(target, stage)
+    return IntegerTiles(target, stage) if stage.linear.target in QUANTIZED else FloatTiles(target, stage)
 
 
 class FloatTiles(Tiles):

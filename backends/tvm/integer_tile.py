@@ -47,8 +47,12 @@ WIDTH = VECTORS * LANES
 """Columns of a tile, and of a panel of the packed weight."""
 
 
+TILE_ROWS = (4, 6)
+"""Rows of the largest tile that are worth measuring."""
+
+
 def tile_rows(form: WeightFormat) -> int:
-    """Rows of the largest tile: as many as keep their sums in registers, measured on a Zen 3."""
+    """Those of formats that no cost table has: as many as keep their sums in registers, measured on a Zen 3."""
     return 4 if form.bits == 6 or not (form.symmetric or form.bits == 8) else 6
 
 

@@ -24,6 +24,7 @@ from planish.backends.tvm.row_codes import row_codes
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles, choose_rows
 from planish.formats import LARGEST_CODE, Format
 from planish.ops import QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, has_constant_weight
+from planish.targets import Target
 
 
 def quantized_reason(node: fx.Node) -> str | None:
@@ -50,12 +51,13 @@ class IntegerTiles(Tiles):
 
     width = WIDTH
 
-    def __init__(self, stage: Stage) -> None:
+    def __init__(self, target: Target, stage: Stage) -> None:
         self.node = stage.linear
         self.form = Format.parse(str(stage.linear.args[7]))
         self.units = -(-stage.depth // UNIT)
         self.groups = self.form.weight.groups(stage.depth)
-        self.rows = tile_rows(self.form.weight)
+        measured = target.costs and target.costs.tile_rows(self.form.name, stage.columns, stage.depth)
+        self.rows = measured or tile_rows(self.form.weight)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
         self.scale = self.node.args[6]
         optional = self.node.args[8:] if self.node.target is QUANTIZED_LINEAR else ()

@@ -15,7 +15,6 @@ from planish.errors import CalibrationError
 from planish.ops import planish_ops
 from planish.program import Program, source_line
 
-
 SAMPLE = 256
 """Rows of a layer's input that are kept, in all and of each batch."""
 
