@@ -22,6 +22,18 @@ INTEGER: dict[str, dict[str, Any]] = {
 }
 """Builds on integer codes, without calibration, and how they are compiled."""
 
+STATIC = "w8a8-static"
+
+IMAGES: dict[str, QuantizeUniform] = {
+    "int8": QuantizeUniform(STATIC, head=STATIC),
+    "int8-plain": QuantizeUniform(STATIC, head=STATIC, equalise=False),
+    "int8-tensor": QuantizeUniform(STATIC, head=STATIC, per_tensor=True),
+    "int8-tensor-plain": QuantizeUniform(STATIC, head=STATIC, per_tensor=True, equalise=False),
+}
+"""Builds of a model of images on 8-bit codes: a scale for each output channel or one for all, evened out or not."""
+
+CALIBRATION_IMAGES = 8
+
 REMOVES_PADDING = "remove-padding"
 
 
@@ -35,6 +47,17 @@ def compile_integer(compile_model: Callable[..., Any], loaded: LoadedModel) -> d
     """The model in each of ``INTEGER``'s builds."""
     inputs, dynamic = loaded.inputs, loaded.dynamic
     return {name: compile_model(loaded.model, inputs, dynamic=dynamic, **how) for name, how in INTEGER.items()}
+
+
+def compile_images(compile_model: Callable[..., Any], loaded: LoadedModel) -> dict[str, Any]:
+    """The model in each of ``IMAGES``'s builds, calibrated on its first images."""
+    data = loaded.data.batches(CALIBRATION_IMAGES, CALIBRATION_IMAGES)
+    found: dict[str, Any] = {}
+    for name, quantize in IMAGES.items():
+        passes = [quantize if p in ON_INTEGERS else p for p in REGISTRY]
+        how = {"dynamic": loaded.dynamic, "passes": passes, "calibration": data}
+        found[f"planish-{name}"] = compile_model(loaded.model, loaded.inputs, **how)
+    return found
 
 
 def compile_twice(compile_model: Callable[..., Any], loaded: LoadedModel) -> tuple[Any, dict[str, float]]:

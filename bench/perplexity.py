@@ -15,7 +15,7 @@ from planish.models.smollm2 import perplexity
 from planish.passes import ON_INTEGERS, REGISTRY
 from planish.passes.precision import QuantizeUniform
 
-CALIBRATION, HELD_OUT = range(5), range(20, 25)
+CALIBRATION, HELD_OUT = range(15), range(20, 32)
 """Documents that scales are taken from, and that the perplexity is measured on."""
 
 MAX_LEN = 512
@@ -23,10 +23,14 @@ MAX_LEN = 512
 WEIGHT = "w8a8-g32"
 """Weights are as good as exact: what is measured are the activations."""
 
+STATIC = f"{WEIGHT}-static"
 ROWS = {
-    "static": (QuantizeUniform(f"{WEIGHT}-static", head="fp"), True),
-    "per-token": (QuantizeUniform(WEIGHT, head="fp"), False),
-    "static, 8 channels fp32": (QuantizeUniform(f"{WEIGHT}-static", head="fp", outliers=8), True),
+    "static": (QuantizeUniform(STATIC, head="fp", equalise=False), True),
+    "static, evened": (QuantizeUniform(STATIC, head="fp"), True),
+    "per token": (QuantizeUniform(WEIGHT, head="fp"), False),
+    "per token, evened": (QuantizeUniform(WEIGHT, head="fp"), True),
+    "static, 8 channels fp32": (QuantizeUniform(STATIC, head="fp", outliers=8, equalise=False), True),
+    "static, 8 channels fp32, evened": (QuantizeUniform(STATIC, head="fp", outliers=8), True),
 }
 """Row name to the pass, and whether it is given data. The head's logits stay fp32."""
 
@@ -67,7 +71,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             data = {"calibration": calibration} if wants_data else {}
             call = compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic, passes=passes, **data)
             found[name] = perplexity(outputs(call, held_out, loaded.metric), held_out)
-            if quantize.outliers == 0 and wants_data:
+            if name == "static":
                 notes = [f"{n.node}: {n.text}" for step in call.steps for n in step.notes if n.rule == "outlier"]
     tokens = sum(b["input_ids"].shape[1] for b in held_out)
     rows = [{"name": n, "perplexity": p, "to_fp32": p / found["fp32"] - 1} for n, p in found.items()]

@@ -10,7 +10,7 @@ import torch
 
 from planish import models
 from planish.bench import MIN_ROUNDS, limits
-from planish.bench.builds import compile_twice
+from planish.bench.builds import compile_images, compile_twice
 from planish.bench.contest import COMPILED, contest
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.result import BenchResult, KernelRow, Row
@@ -21,6 +21,9 @@ SUITES: Mapping[str, tuple[str, ...]] = {
     "families-real": tuple(row.name for row in models.MODELS.values() if row.module == "planish.models.shapes"),
 }
 """Name of a benchmark to its models."""
+
+ON_CODES = ("efficientnet-lite0",)
+"""Models that are also built on 8-bit codes."""
 
 BATCHES = (1, 8)
 DOCUMENTS = 8
@@ -79,13 +82,16 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             loaded = models.load(name)
             log(f"compiling {name}, twice")
             compiled, extra["compile"][name] = compile_twice(compile_model, loaded)
-            extra["accuracy"][name] = _distance(loaded, compiled)
+            ours = {COMPILED: compiled}
+            if name in ON_CODES:
+                log(f"compiling {name} on integer codes")
+                ours |= compile_images(compile_model, loaded)
+            for build, call in ours.items():
+                extra["accuracy"][name if build == COMPILED else f"{name} {build}"] = _distance(loaded, call)
             for batch in BATCHES:
                 label = f"{name} x{batch}"
                 log(f"{label}:")
-                found = contest(
-                    loaded, {COMPILED: compiled}, loaded.data.batches(DOCUMENTS, batch), options.rounds, log
-                )
+                found = contest(loaded, ours, loaded.data.batches(DOCUMENTS, batch), options.rounds, log)
                 own = {"model": name, "batch": batch}
                 rows += [replace(r, name=f"{r.name} {label}", extra={**r.extra, **own}) for r in found.rows]
                 absent += [{**a, "name": f"{a['name']} {label}"} for a in found.absent]

@@ -10,6 +10,11 @@ from torch import Tensor
 from planish.formats import Format, Quantized, quantise_rows
 
 
+def _result_dtype(x: Tensor, input_scale: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 where a program is run in fp64 to be verified."""
+    return x.dtype if input_scale is None or x.dtype.is_floating_point else input_scale.dtype
+
+
 @torch.library.custom_op("planish::quantized_linear", mutates_args=())
 def quantized_linear(
     x: Tensor,
@@ -61,7 +66,7 @@ def quantized_linear(
     result = result * row_scales.double()
     if outliers is not None and outlier_weight is not None:
         result += x.index_select(-1, outliers).double() @ outlier_weight.double()
-    return (result if bias is None else result + bias).float()
+    return (result if bias is None else result + bias).to(_result_dtype(x, input_scale))
 
 
 @quantized_linear.register_fake
@@ -78,7 +83,7 @@ def _(
     outlier_weight: Tensor | None = None,
     equaliser: Tensor | None = None,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=torch.float32)
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=_result_dtype(x, input_scale))
 
 
 @torch.library.custom_op("planish::quantized_convolution", mutates_args=())
@@ -125,7 +130,7 @@ def quantized_convolution(
     zero = [0] * rank
     y = torch.ops.aten.convolution.default(padded, exact, None, stride, zero, dilation, False, zero, groups)
     result = y.movedim(1, -1) * input_scale.double()
-    return (result if bias is None else result + bias).float().contiguous()
+    return (result if bias is None else result + bias).to(input_scale.dtype).contiguous()
 
 
 @quantized_convolution.register_fake
@@ -148,4 +153,4 @@ def _(
     for axis, size in enumerate(x.shape[1:-1]):
         reach = dilation[axis] * (kernel[axis] - 1) + 1
         sizes.append((size + padding[axis] + padding[rank + axis] - reach) // stride[axis] + 1)
-    return x.new_empty((x.shape[0], *sizes, codes.shape[0]), dtype=torch.float32)
+    return x.new_empty((x.shape[0], *sizes, codes.shape[0]), dtype=input_scale.dtype)

@@ -226,3 +226,90 @@ def test_calibration_is_run_once_per_batch_and_changes_nothing_else() -> None:
     compiled = planish.compile(block(), (x,), target="cpu-int8", calibration=batches())
     assert seen == [0, 1, 2]
     assert (compiled(x) - block()(x)).norm() < 0.02 * block()(x).norm()
+
+
+class Images(nn.Module):
+    """A stem, an inverted bottleneck and a head, as in networks for phones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.up = nn.Conv2d(3, 32, 3, stride=2, padding=1), nn.Conv2d(32, 96, 1)
+        self.each = nn.Conv2d(96, 96, 5, padding=2, groups=96)
+        self.down, self.pair = nn.Conv2d(96, 32, 1), nn.Conv2d(32, 64, 3, stride=2, padding=1)
+        self.dense, self.two = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1, groups=2)
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Any) -> Tensor:
+        """Of [batch, 3, height, width]."""
+        x = nn.functional.relu6(self.stem(x))
+        x = x + self.down(nn.functional.relu6(self.each(nn.functional.relu6(self.up(x)))))
+        x = self.two(nn.functional.relu(self.dense(nn.functional.relu(self.pair(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+IMAGES = [QuantizeUniform("w8a8-static", head=""), QuantizeUniform("w8a8"), QuantizeUniform("w4a8-g32", head="fp")]
+
+
+@pytest.mark.parametrize("p", IMAGES)
+def test_convolutions_become_codes_where_calibration_gives_them_a_scale(p: QuantizeUniform) -> None:
+    torch.manual_seed(0)
+    model, x = Images().eval(), data(2, 3, 32, 32)
+    passes: list[Any] = ["canonicalize", "choose-layout", p, "fuse-groups"]
+    compiled = planish.compile(model, (x,), passes=passes, calibration=[(x,)], verify=True)
+    step = next(s for s in compiled.steps if s.name == "quantize-uniform")
+    weights = p.format.removesuffix("-static")
+    static = f"{weights}-static"
+    assert step.rewrites[f"convolution as {static}"] == 1
+    assert step.rewrites["depthwise convolution as w8a8-static"] == 1
+    assert step.rewrites[f"linear as {p.format}"] >= 2
+    reasons = [r.reason for r in step.refusals]
+    assert "it has 27 input features: codes pay from 32 on" in reasons
+    assert any("Winograd" in reason for reason in reasons)
+    assert "only dense and depthwise convolutions have kernels on codes" in reasons
+    want = planish.compile(model, (x,), target="reference", passes=passes[:-1], calibration=[(x,)])(x)
+    torch.testing.assert_close(compiled(x), want, rtol=2e-2, atol=2e-2)
+    assert (compiled(x) - model(x)).norm() < (0.3 if "w4" in p.format else 0.04) * model(x).norm()
+
+
+def test_without_calibration_windows_stay_fp32() -> None:
+    torch.manual_seed(0)
+    x = data(1, 3, 16, 16)
+    compiled = planish.compile(Images().eval(), (x,), target="cpu-int8")
+    step = next(s for s in compiled.steps if s.name == "quantize-uniform")
+    assert sum("found by calibration" in r.reason for r in step.refusals) == 4
+    assert set(step.rewrites) == {"linear as w8a8"}
+
+
+def test_codes_are_stored_where_nothing_else_reads_the_value() -> None:
+    """Layers that read one value share its codes; a value that is read otherwise becomes codes inside its layer."""
+    x = data(2, 5, 64)
+    program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head="", equalise=False), (x,))
+    layers = [n for n in program.nodes() if n.target is QUANTIZED_LINEAR]
+    kinds = [n.args[0].meta["val"].dtype for n in layers]  # pyright: ignore
+    assert kinds == [torch.float32, torch.int8, torch.int8]  # the residual reads x too
+
+
+def test_channels_far_above_the_others_are_evened_out() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 32).eval().requires_grad_(False), data(2, 40, 64)
+    x[..., 7] *= 50
+    model.weight[:, 7] /= 50
+    exact, errors = model(x), list[float]()
+    for equalise in (True, False):
+        p = QuantizeUniform("w8a8-static", head="", equalise=equalise)
+        program, _ = quantised(model, x, p, (x,))
+        errors.append(float((program.run(x)[0] - exact).norm() / exact.norm()))
+    assert errors[0] < 0.1 * errors[1]
+    program, _ = quantised(model, x, QuantizeUniform("w8a8", head=""), (x,))
+    layer = next(n for n in program.nodes() if n.target is QUANTIZED_LINEAR)
+    even = getattr(program.module, str(layer.args[10].target))
+    assert int(even.argmin()) == 7
+    assert float(even.max()) == 1.0
+
+
+def test_one_scale_for_all_of_a_weight() -> None:
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    weight[2] *= 10
+    held = quantise(weight, Format.parse("w8a8").weight, one_scale=True)
+    assert len(held.scales.unique()) == 1
+    assert held.dequantise()[2].allclose(weight[2], atol=float(held.steps().abs().max()) / 2 + 1e-6)

@@ -89,6 +89,33 @@ def test_a_scale_from_calibration_clips() -> None:
     check(planish.compile(model, (x,))(x), model(x))
 
 
+@pytest.mark.parametrize("form", ["w8a8-static", "w8a8-g32-min-static", "w4a8-g32-static", "w4a8-g32-min-static"])
+def test_codes_that_are_given(form: str) -> None:
+    model = layer(51, 70, form, input_scale=0.02)
+    for m in (1, 7, 130):
+        x = torch.randint(-127, 128, (m, 70), dtype=torch.int8, generator=torch.Generator().manual_seed(m))
+        check(planish.compile(model, (x,))(x), model(x))
+
+
+@pytest.mark.parametrize("form", ["w8a8", "w4a8-g32", "w8a8-static"])
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_equaliser_multiplies_what_becomes_codes(form: str, kept: bool) -> None:
+    class Even(Quantized):
+        def forward(self, x: Any) -> Tensor:
+            held = (self.codes, self.scales, self.minimums, self.channels, self.bias, self.input_scale, self.form)
+            return planish_ops.quantized_linear(x, *held, self.features, self.exact, self.equaliser)
+
+    torch.manual_seed(0)
+    weight, x = torch.randn(51, 70) / 8, torch.randn(130, 70)
+    model = Even(weight, torch.randn(51), form, 0.03 if "static" in form else None).eval()
+    model.register_buffer("equaliser", torch.rand(70) + 0.5)
+    features = torch.tensor([3, 69]) if kept else None
+    model.register_buffer("features", features)
+    model.register_buffer("exact", weight[:, features].T.contiguous() if kept else None)
+    for m in (1, 7, 130):
+        check(planish.compile(model, (x[:m],))(x[:m]), model(x[:m]))
+
+
 @pytest.mark.parametrize("form", ["w8a8", "w4a8-g32", "w8a8-static"])
 def test_outliers_stay_fp32_and_do_not_decide_the_scale(form: str) -> None:
     class Kept(Quantized):

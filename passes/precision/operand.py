@@ -13,9 +13,12 @@ from planish.passes.precision.calibration import Channels
 LIMITS = tuple(2 ** (-i / 2) for i in range(1, 21))
 """Parts of the largest channel's range that are tried as the limit of all channels."""
 
-HEADROOM = 4.0
+HEADROOM = 2.0
 """The limit is at least this many times the median channel's range: what is larger than in calibration is clipped, and
 if every channel filled the range, one always would be."""
+
+GAIN = 4.0
+"""How many times less the expected square error has to be, a bit's worth, for that risk to be taken."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class Operand:
     @property
     def scale(self) -> float:
         """Of all rows: the largest value that became codes in calibration, over 127."""
-        even = self._codable(self.channels.largest)
+        even = self._without_outliers(self.channels.largest * self._factors)
         return float(even.max().clamp_min(torch.finfo(torch.float32).tiny * LARGEST_CODE)) / LARGEST_CODE
 
-    def _codable(self, x: Tensor) -> Tensor:
-        """Values [..., K] as they are before they become codes: evened out, and without outliers."""
-        even = x if self.equaliser is None else x * self.equaliser
-        return even if self.outliers is None else even.index_fill(-1, self.outliers, 0.0)
+    @property
+    def _factors(self) -> Tensor:
+        return torch.ones(len(self.channels.largest)) if self.equaliser is None else self.equaliser
+
+    def _without_outliers(self, x: Tensor) -> Tensor:
+        return x if self.outliers is None else x.index_fill(-1, self.outliers, 0.0)
 
     @staticmethod
     def of(channels: Channels, weight: Tensor, form: Format, outliers: int, *, equalise: bool) -> Operand:
@@ -65,21 +70,23 @@ class Operand:
         plain = Operand(channels, kept)
         if not equalise:
             return plain
-        ranges = largest if kept is None else largest.index_fill(0, kept, 0.0)
+        ranges = plain._without_outliers(largest)
         limits = [part * float(ranges.max()) for part in LIMITS]
         limits = [limit for limit in limits if limit >= HEADROOM * float(ranges.median()) > 0]
         tried = [plain, *(replace(plain, equaliser=(limit / largest).clamp_max(1.0)) for limit in limits)]
-        return min(tried, key=lambda operand: operand._error(weight, form))
+        errors = [operand._error(weight, form) for operand in tried]
+        best = errors.index(min(errors))
+        return tried[best] if GAIN * errors[best] <= errors[0] else plain
 
     def _error(self, weight: Tensor, form: Format) -> float:
         """Expected square error of the products, rounding errors of x and weight taken as independent.
 
         ``sum_k E[dx_k^2] sum_n w_nk^2 + E[x_k^2] sum_n dw_nk^2``, over the sample of calibration (AQAS: both count).
         """
-        even = torch.ones(weight.shape[1]) if self.equaliser is None else self.equaliser
-        x = self._codable(self.channels.sample)
+        even = self._factors
+        x = self._without_outliers(self.channels.sample * even)
         codes, scales = quantise_rows(x, self.scale if form.activation == "a8-static" else None)
         of_x = ((x - codes.float() * scales) / even).square().mean(0)
-        inner = self._codable(weight / even.square()) if self.equaliser is not None else self._codable(weight)
+        inner = self._without_outliers(weight / even)
         of_weight = (inner - quantise(inner, form.weight).dequantise()).square().sum(0)
         return float((of_x * weight.square().sum(0) + x.square().mean(0) * of_weight).sum())
