@@ -25,10 +25,10 @@ INTEGER: dict[str, dict[str, Any]] = {
 STATIC = "w8a8-static"
 
 IMAGES: dict[str, QuantizeUniform] = {
-    "int8": QuantizeUniform(STATIC, head=STATIC),
-    "int8-plain": QuantizeUniform(STATIC, head=STATIC, equalise=False),
-    "int8-tensor": QuantizeUniform(STATIC, head=STATIC, per_tensor=True),
-    "int8-tensor-plain": QuantizeUniform(STATIC, head=STATIC, per_tensor=True, equalise=False),
+    "int8": QuantizeUniform(STATIC, head=STATIC, equalise="none"),
+    "int8-evened": QuantizeUniform(STATIC, head=STATIC, equalise="all"),
+    "int8-tensor": QuantizeUniform(STATIC, head=STATIC, per_tensor=True, equalise="none"),
+    "int8-tensor-evened": QuantizeUniform(STATIC, head=STATIC, per_tensor=True, equalise="all"),
 }
 """Builds of a model of images on 8-bit codes: a scale for each output channel or one for all, evened out or not."""
 

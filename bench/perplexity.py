@@ -25,11 +25,11 @@ WEIGHT = "w8a8-g32"
 
 STATIC = f"{WEIGHT}-static"
 ROWS = {
-    "static": (QuantizeUniform(STATIC, head="fp", equalise=False), True),
+    "static": (QuantizeUniform(STATIC, head="fp", equalise="none"), True),
     "static, evened": (QuantizeUniform(STATIC, head="fp"), True),
     "per token": (QuantizeUniform(WEIGHT, head="fp"), False),
     "per token, evened": (QuantizeUniform(WEIGHT, head="fp"), True),
-    "static, 8 channels fp32": (QuantizeUniform(STATIC, head="fp", outliers=8, equalise=False), True),
+    "static, 8 channels fp32": (QuantizeUniform(STATIC, head="fp", outliers=8, equalise="none"), True),
     "static, 8 channels fp32, evened": (QuantizeUniform(STATIC, head="fp", outliers=8), True),
 }
 """Row name to the pass, and whether it is given data. The head's logits stay fp32."""

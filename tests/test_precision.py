@@ -137,7 +137,7 @@ def test_weights_shared_by_layers_are_stored_once() -> None:
 
 def test_a_static_scale_is_the_largest_value_of_the_calibration() -> None:
     x = data(2, 5, 64)
-    program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head="", equalise=False), (x, 3 * x))
+    program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head="", equalise="none"), (x, 3 * x))
     first = next(n for n in program.nodes() if n.target is QUANTIZED_LINEAR)
     assert scale_of(program, first) == pytest.approx(3 * x.abs().max().item() / 127)
     plain, _ = quantised(block(), x, QuantizeUniform("w8a8"), (x,))
@@ -148,7 +148,7 @@ def test_the_bias_takes_up_the_mean_of_what_rounding_takes_away() -> None:
     torch.manual_seed(1)
     model, x = nn.Linear(64, 32).eval(), data(500, 64) + 2
     form = Format.parse("w3a8-g32")
-    p = QuantizeUniform(form.name, head="", equalise=False)
+    p = QuantizeUniform(form.name, head="", equalise="none")
     (with_data, _), (without, _) = (quantised(model, x, p, c) for c in ((x,), ()))
     mean = (model(x)).mean(0)
     assert (with_data.run(x)[0].mean(0) - mean).abs().max() < 0.02
@@ -283,7 +283,7 @@ def test_without_calibration_windows_stay_fp32() -> None:
 def test_codes_are_stored_where_nothing_else_reads_the_value() -> None:
     """Layers that read one value share its codes; a value that is read otherwise becomes codes inside its layer."""
     x = data(2, 5, 64)
-    program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head="", equalise=False), (x,))
+    program, _ = quantised(block(), x, QuantizeUniform("w8a8-static", head="", equalise="none"), (x,))
     layers = [n for n in program.nodes() if n.target is QUANTIZED_LINEAR]
     kinds = [n.args[0].meta["val"].dtype for n in layers]  # pyright: ignore
     assert kinds == [torch.float32, torch.int8, torch.int8]  # the residual reads x too
@@ -296,7 +296,7 @@ def test_channels_far_above_the_others_are_evened_out() -> None:
     model.weight[:, 7] /= 50
     exact, errors = model(x), list[float]()
     for equalise in (True, False):
-        p = QuantizeUniform("w8a8-static", head="", equalise=equalise)
+        p = QuantizeUniform("w8a8-static", head="", equalise="all" if equalise else "none")
         program, _ = quantised(model, x, p, (x,))
         errors.append(float((program.run(x)[0] - exact).norm() / exact.norm()))
     assert errors[0] < 0.1 * errors[1]

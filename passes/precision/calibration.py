@@ -29,6 +29,7 @@ class Channels:
         total: sum over all rows, fp64 [K].
         rows: how many.
         parts: of each batch some rows, at most SAMPLE.
+        halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
     """
 
     largest: Tensor
@@ -36,6 +37,7 @@ class Channels:
     total: Tensor
     rows: int = 0
     parts: list[Tensor] = field(default_factory=list[Tensor])
+    halves: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
 
     @property
     def sample(self) -> Tensor:
@@ -54,7 +56,10 @@ class Channels:
 
     def add(self, x: Tensor, first: Tensor | None) -> None:
         """Take in a batch [rows, K]; ``first`` marks the rows that are first tokens, bool [rows]."""
-        self.largest = torch.maximum(self.largest, x.abs().amax(0))
+        largest, half = x.abs().amax(0), len(self.parts) % 2
+        self.largest = torch.maximum(self.largest, largest)
+        self.halves = self.halves.expand(2, len(largest)).clone()
+        self.halves[half] = torch.maximum(self.halves[half], largest)
         rest = x if first is None else x[~first]
         if len(rest):
             self.later = torch.maximum(self.later, rest.abs().amax(0))

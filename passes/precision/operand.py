@@ -10,15 +10,12 @@ from torch import Tensor
 from planish.formats import LARGEST_CODE, Format, quantise, quantise_rows
 from planish.passes.precision.calibration import Channels
 
-LIMITS = tuple(2 ** (-i / 2) for i in range(1, 21))
+LIMITS = tuple(2 ** (-i / 2) for i in range(1, 17))
 """Parts of the largest channel's range that are tried as the limit of all channels."""
 
 HEADROOM = 2.0
 """The limit is at least this many times the median channel's range: what is larger than in calibration is clipped, and
 if every channel filled the range, one always would be."""
-
-GAIN = 4.0
-"""How many times less the expected square error has to be, a bit's worth, for that risk to be taken."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +71,22 @@ class Operand:
         limits = [part * float(ranges.max()) for part in LIMITS]
         limits = [limit for limit in limits if limit >= HEADROOM * float(ranges.median()) > 0]
         tried = [plain, *(replace(plain, equaliser=(limit / largest).clamp_max(1.0)) for limit in limits)]
-        errors = [operand._error(weight, form) for operand in tried]
-        best = errors.index(min(errors))
-        return tried[best] if GAIN * errors[best] <= errors[0] else plain
+        return min(tried, key=lambda operand: operand._error(weight, form))
 
     def _error(self, weight: Tensor, form: Format) -> float:
         """Expected square error of the products, rounding errors of x and weight taken as independent.
 
         ``sum_k E[dx_k^2] sum_n w_nk^2 + E[x_k^2] sum_n dw_nk^2``, over the sample of calibration (AQAS: both count).
+        With a static scale, dx has what one half of the batches would clip of the other's largest values, once each.
         """
         even = self._factors
         x = self._without_outliers(self.channels.sample * even)
         codes, scales = quantise_rows(x, self.scale if form.activation == "a8-static" else None)
         of_x = ((x - codes.float() * scales) / even).square().mean(0)
+        if form.activation == "a8-static" and self.channels.halves.amax(1).min() > 0:
+            halves = self._without_outliers(self.channels.halves * even)
+            clipped = (halves.flip(0) - halves.amax(1, keepdim=True)).clamp_min(0.0) / even
+            of_x = of_x + 2 * clipped.square().mean(0) / self.channels.rows
         inner = self._without_outliers(weight / even)
         of_weight = (inner - quantise(inner, form.weight).dequantise()).square().sum(0)
         return float((of_x * weight.square().sum(0) + x.square().mean(0) * of_weight).sum())

@@ -30,6 +30,10 @@ FP32 = "fp"
 """The format of what is left as it is."""
 
 
+EQUALISED = ("all", "tokens", "none")
+"""Layers that ``QuantizeUniform`` can even out."""
+
+
 @dataclass(frozen=True)
 class QuantizeUniform(Pass):
     """Store the weights of layers as integer codes of one format, and multiply by codes of their inputs.
@@ -46,7 +50,8 @@ class QuantizeUniform(Pass):
         head: of layers whose result, or a view of it, the model returns; empty for ``format``, ``"fp"`` to leave them.
         embedding: of embedding tables, ``"fp"`` or ``"w8"``.
         outliers: input channels of each linear layer that stay fp32: those that matter most in calibration.
-        equalise: even out the channels of inputs and weights; with calibration only.
+        equalise: even out the channels of inputs and weights, with calibration: of ``"all"`` layers, of ``"none"``, or
+            of models on ``"tokens"``: a few images do not tell the ranges of a convolution's channels.
         per_tensor: one scale for all of a weight instead of one for each output feature; to compare.
 
     Without calibration each row's scale is found when it is computed. With it, formats with static scales are possible,
@@ -59,7 +64,7 @@ class QuantizeUniform(Pass):
     head: str = "w8a8"
     embedding: str = FP32
     outliers: int = 0
-    equalise: bool = True
+    equalise: str = "tokens"
     per_tensor: bool = False
 
     name: ClassVar[str] = "quantize-uniform"
@@ -87,6 +92,8 @@ class _Work:
 
     def run(self) -> None:
         """All layers, those that read one value together; then the embeddings."""
+        if self.options.equalise not in EQUALISED:
+            raise UnknownNameError(f"no layers {self.options.equalise!r} to equalise", fix=f"use one of {EQUALISED}")
         nodes = [n for n in self.program.nodes() if n.target in (LINEAR, CONVOLUTION_LAST) and self._is_eligible(n)]
         channels = self._statistics(nodes)
         together: dict[tuple[Any, ...], list[fx.Node]] = {}
@@ -151,7 +158,7 @@ class _Work:
         if channels is not None:
             weights = torch.cat([layer.by_channel() for layer in layers])
             outliers = self.options.outliers if is_linear else 0
-            operand = Operand.of(channels, weights, form, outliers, equalise=self.options.equalise)
+            operand = Operand.of(channels, weights, form, outliers, equalise=self._equalises)
         codes = None
         if operand is not None and form.activation == "a8-static" and operand.outliers is None:
             codes_alone = set(x.users) == set(nodes)  # pyright: ignore
@@ -159,6 +166,11 @@ class _Work:
                 codes = self._codes(x, operand, nodes[0])  # pyright: ignore
         for layer in layers:
             self._quantise(layer, operand, codes)
+
+    @property
+    def _equalises(self) -> bool:
+        images = any(n.target in (CONVOLUTION_LAST, QUANTIZED_CONVOLUTION) for n in self.program.nodes())
+        return self.options.equalise == "all" or (self.options.equalise == "tokens" and not images)
 
     def _codes(self, x: fx.Node, operand: Operand, before: fx.Node) -> fx.Node:
         """The codes of a value by its static scale, as elementwise ops: part of the kernel that computes it."""
