@@ -34,6 +34,9 @@ BEYOND = 4
 CALLS_MS = 20.0
 """Time of a round at least: a short call is timed several times in a row."""
 
+READ_SECONDS = 0.2
+"""Time of one measurement of the read bandwidth among the rounds."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -91,13 +94,11 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             found = _better(found, limits.measure(probe))
         for name in [n for n in VECTOR if n in names]:
             log(f"one row by a matrix beyond the caches, {name}")
-            kernels.append(_vector(name, options.rounds, compile_model))
+            kernels.append(_vector(name, options.rounds, compile_model, probe))
         log("error of a multilayer perceptron")
         measured = limits.combine(found, limits.measure(probe))
-    kernels = [
-        k if k.gbs is not None else replace(k, share_of_limit=k.gflops / measured["fma_gflops"]) for k in kernels
-    ]
-    kernels = [k if k.gbs is None else replace(k, share_of_limit=k.gbs / measured["read_gbs"]) for k in kernels]
+    peak = measured["fma_gflops"]
+    kernels = [k if k.gbs is not None else replace(k, share_of_limit=k.gflops / peak) for k in kernels]
     extra = {"int8_limit_gops": INT8_LIMIT * measured["fma_gflops"], "mlp_rel_err": errors(compile_model)}
     return BenchResult("qgemm", options.threads, measured, [], kernels, [], extra)
 
@@ -132,8 +133,11 @@ def _products(
     return rows
 
 
-def _vector(name: str, rounds: int, compile_model: Callable[..., Any]) -> KernelRow:
-    """One row by a matrix of random codes; its share is of the read bandwidth."""
+def _vector(name: str, rounds: int, compile_model: Callable[..., Any], probe: limits.Probe) -> KernelRow:
+    """One row by a matrix of random codes; its share is of the bandwidth read just before, in the median round.
+
+    On a shared machine the bandwidth changes by a half from second to second.
+    """
     form, k = Format.parse(name).weight, VECTOR_DEPTH
     per_row = form.nbytes(1, k)
     n = -(-int(BEYOND * Target.host().llc_bytes) // per_row // 64) * 64
@@ -143,8 +147,15 @@ def _vector(name: str, rounds: int, compile_model: Callable[..., Any]) -> Kernel
     channels = torch.full((n,), 1e-6) if form.two_level else None
     x = torch.randn(1, k, generator=generator)
     call = compile_model(Layer(Quantized(form, codes, scales, None, channels), name).eval(), (x,), cache=False)
-    ms = _times({name: call}, x, rounds)[name]
-    return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, None, gbs=form.nbytes(n, k) / ms / 1e6)
+    repeats = max(3, int(CALLS_MS / sum(time.ms for time in call.kernels((x,), repeats=3))))
+    times, shares = list[float](), list[float]()
+    for _ in range(rounds):
+        read = probe.read(READ_SECONDS)
+        times.append(sum(time.ms for time in call.kernels((x,), repeats=repeats)))
+        shares.append(form.nbytes(n, k) / times[-1] / 1e6 / read)
+    ms, share = statistics.median(times), statistics.median(shares)
+    gbs = form.nbytes(n, k) / ms / 1e6
+    return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, share, gbs=gbs)
 
 
 def _times(calls: Mapping[str, Any], x: torch.Tensor, rounds: int) -> dict[str, float]:

@@ -47,6 +47,9 @@ WIDTH = VECTORS * LANES
 """Columns of a tile, and of a panel of the packed weight."""
 
 
+AHEAD = 4096
+"""Bytes of codes that a tile of one row fetches ahead: a page, where the hardware's own prefetching stops."""
+
 TILE_ROWS = (4, 6)
 """Rows of the largest tile that are worth measuring."""
 
@@ -343,6 +346,9 @@ class _Tile:
                 T.bind(self.b[lanes_at(place + (quad * VECTORS + v) * 4 * LANES, 4 * LANES)]) for v in range(VECTORS)
             ]
         base = T.bind(unit * (VECTORS * self.form.bits * 4 * LANES))
+        if self.rows == 1:
+            for line in range(0, VECTORS * self.form.bits * 4 * LANES, 64):
+                prefetch(T.address_of(self.b[base + line + AHEAD]), level=1)
         return lambda quad: [
             _unpacked(self.form, self.b, base + v * self.form.bits * 4 * LANES, quad) for v in range(VECTORS)
         ]
