@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from planish.bench.result import BenchResult, KernelRow
 from planish.errors import UnknownNameError
 from planish.formats import Format, Quantized, quantise
 from planish.ops import planish_ops
-from planish.targets import Target
+from planish.targets import Target, host_isa_levels
 
 FP32 = "fp32"
 FORMATS = ("w8a8", "w6a8", "w6a8-g32", "w5a8", "w5a8-g32", "w4a8", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
@@ -34,8 +34,8 @@ BEYOND = 4
 CALLS_MS = 20.0
 """Time of a round at least: a short call is timed several times in a row."""
 
-READ_SECONDS = 0.2
-"""Time of one measurement of the read bandwidth among the rounds."""
+PROBE_SECONDS = 0.2
+"""Time of one measurement of a limit of the machine among the rounds."""
 
 
 @dataclass(frozen=True)
@@ -90,15 +90,13 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         kernels: list[KernelRow] = []
         for shape in SHAPES:
             log(f"{'x'.join(map(str, shape))}, {len(names)} formats and fp32")
-            kernels += _products(shape, names, options.rounds, compile_model)
+            kernels += _products(shape, names, options.rounds, compile_model, probe)
             found = _better(found, limits.measure(probe))
         for name in [n for n in VECTOR if n in names]:
             log(f"one row by a matrix beyond the caches, {name}")
             kernels.append(_vector(name, options.rounds, compile_model, probe))
         log("error of a multilayer perceptron")
         measured = limits.combine(found, limits.measure(probe))
-    peak = measured["fma_gflops"]
-    kernels = [k if k.gbs is not None else replace(k, share_of_limit=k.gflops / peak) for k in kernels]
     extra = {"int8_limit_gops": INT8_LIMIT * measured["fma_gflops"], "mlp_rel_err": errors(compile_model)}
     return BenchResult("qgemm", options.threads, measured, [], kernels, [], extra)
 
@@ -112,9 +110,17 @@ def _better(one: Mapping[str, float], two: Mapping[str, float]) -> dict[str, flo
 
 
 def _products(
-    shape: tuple[int, int, int], names: tuple[str, ...], rounds: int, compile_model: Callable[..., Any]
+    shape: tuple[int, int, int],
+    names: tuple[str, ...],
+    rounds: int,
+    compile_model: Callable[..., Any],
+    probe: limits.Probe,
 ) -> list[KernelRow]:
-    """A row for fp32 and each format; all are timed in turn."""
+    """A row for fp32 and each format; all are timed in turn.
+
+    A share is of the FMA peak measured in the same round, in the median round: on a shared machine it changes by a
+    fifth from second to second.
+    """
     m, n, k = shape
     generator = torch.Generator().manual_seed(n + k)
     x, weight = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator) / k**0.5
@@ -124,12 +130,13 @@ def _products(
     for name in names:
         models[name] = Layer(quantise(weight, Format.parse(name).weight), name).eval()
     calls = {name: compile_model(model, (x,), cache=False) for name, model in models.items()}
-    times = _times(calls, x, rounds)
+    times, shares = _times(calls, x, rounds, lambda: probe.fma(host_isa_levels()[-1], PROBE_SECONDS))
     want, rows = exact(x), list[KernelRow]()
     for name, call in calls.items():
         ms, gflops = times[name], 2e-6 * m * n * k / times[name]
         error = ((call(x) - want).norm() / want.norm()).item()
-        rows.append(KernelRow(name, "qgemm", [m, n, k], 1, [m, k], ms, gflops, None, rel_err=error))
+        share = 2e-6 * m * n * k * shares[name]
+        rows.append(KernelRow(name, "qgemm", [m, n, k], 1, [m, k], ms, gflops, share, rel_err=error))
     return rows
 
 
@@ -147,25 +154,25 @@ def _vector(name: str, rounds: int, compile_model: Callable[..., Any], probe: li
     channels = torch.full((n,), 1e-6) if form.two_level else None
     x = torch.randn(1, k, generator=generator)
     call = compile_model(Layer(Quantized(form, codes, scales, None, channels), name).eval(), (x,), cache=False)
-    repeats = max(3, int(CALLS_MS / sum(time.ms for time in call.kernels((x,), repeats=3))))
-    times, shares = list[float](), list[float]()
-    for _ in range(rounds):
-        read = probe.read(READ_SECONDS)
-        times.append(sum(time.ms for time in call.kernels((x,), repeats=repeats)))
-        shares.append(form.nbytes(n, k) / times[-1] / 1e6 / read)
-    ms, share = statistics.median(times), statistics.median(shares)
-    gbs = form.nbytes(n, k) / ms / 1e6
-    return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, share, gbs=gbs)
+    times, shares = _times({name: call}, x, rounds, lambda: probe.read(PROBE_SECONDS))
+    ms, nbytes = times[name], form.nbytes(n, k)
+    share = nbytes / 1e6 * shares[name]
+    return KernelRow(name, "qgemv", [1, n, k], 1, [1, k], ms, 2e-6 * n * k / ms, share, gbs=nbytes / ms / 1e6)
 
 
-def _times(calls: Mapping[str, Any], x: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median ms of each call's kernels alone, timed in turn."""
+def _times(
+    calls: Mapping[str, Any], x: torch.Tensor, rounds: int, limit: Callable[[], float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Median ms of each call, kernels alone, timed in turn; and the median of 1 / (ms times the limit of the round)."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
+    shares: dict[str, list[float]] = {name: [] for name in calls}
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         ms = sum(time.ms for time in call.kernels((x,), repeats=3))
         repeats[name] = max(3, int(CALLS_MS / ms))
     for _ in range(rounds):
+        of_round = limit()
         for name, call in calls.items():
             samples[name].append(sum(time.ms for time in call.kernels((x,), repeats=repeats[name])))
-    return {name: statistics.median(ms) for name, ms in samples.items()}
+            shares[name].append(1 / (samples[name][-1] * of_round))
+    return tuple({name: statistics.median(v) for name, v in found.items()} for found in (samples, shares))  # pyright: ignore

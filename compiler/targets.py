@@ -115,7 +115,7 @@ TARGETS: dict[str, Target] = {
     t.name: t
     for t in (
         Target("cpu", "tvm", "this machine's best level: AVX-512 where it has it, else AVX2", isa="host"),
-        Target("cpu-int8", "tvm", "as cpu, linear layers on 8-bit codes (w8a8)", isa="host", format="w8a8"),
+        Target("cpu-int8", "tvm", "as cpu, layers on 8-bit codes (w8a8)", isa="host", format="w8a8"),
         Target("cpu-int4", "tvm", "as cpu, weights in 4 bits (w4a8-g32), the head in 8", isa="host", format="w4a8-g32"),
         Target(
             "cpu-avx512",

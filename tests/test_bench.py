@@ -330,6 +330,7 @@ def test_rows_compare_with_inductor_and_json_refuses_nan(tmp_path: Path) -> None
 def test_qgemm_times_every_format_at_every_shape(monkeypatch: pytest.MonkeyPatch, without_peers: None) -> None:
     monkeypatch.setattr(limits, "measure", lambda _: {"avx2": 100.0, "read": 20.0})
     monkeypatch.setattr(limits.Probe, "read", lambda *_: 20.0)
+    monkeypatch.setattr(limits.Probe, "fma", lambda *_: 100.0)
     monkeypatch.setattr(qgemm, "SHAPES", ((5, 48, 64), (1, 48, 64)))
     monkeypatch.setattr(qgemm, "VECTOR_DEPTH", 64)
     monkeypatch.setattr(qgemm, "BEYOND", 1 / 1024)
