@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import planish
+from planish.errors import UnsupportedOpsError
 from planish.formats import Format, quantise
 from planish.ops import planish_ops
 from planish.program import Dim
@@ -128,3 +129,27 @@ def test_codes_between_layers_are_stored_as_bytes() -> None:
     assert len(plan.calls) == 4
     between = [b for b in plan.buffers if b.kind == "arena" and not b.name.endswith("scratch")]
     assert [b.itemsize for b in between] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "form", "groups"), [((48, 1, 3, 3), "w8a8-static", 24), ((24, 1, 3, 3), "w8a8-g32-static", 24)]
+)
+def test_groups_without_a_kernel_are_refused(shape: tuple[int, ...], form: str, groups: int) -> None:
+    model = conv(shape, form, ([1, 1], [1] * 4, [1, 1]), groups)
+    with pytest.raises(UnsupportedOpsError, match="of 24 channels in 24 groups"):
+        planish.compile(model, (codes(1, 5, 5, 24),))
+
+
+def test_codes_with_an_equaliser_are_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = conv((8, 32, 1, 1), "w8a8-static", ([1, 1], [0] * 4, [1, 1]))
+            self.register_buffer("even", torch.ones(32))
+
+        def forward(self, x: Any) -> Tensor:
+            held = (self.layer.codes, self.layer.scales, None, None, None, self.layer.input_scale, "w8a8-static")
+            return planish_ops.quantized_linear(x, *held, None, None, self.even)
+
+    with pytest.raises(UnsupportedOpsError, match="neither outliers nor an equaliser"):
+        planish.compile(Model().eval(), (codes(3, 32),))

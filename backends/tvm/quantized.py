@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 from tvm.script.ir_builder import tirx as T
 
@@ -22,7 +23,7 @@ from planish.backends.tvm.integer_tile import (
 from planish.backends.tvm.kernel import Packed, rows_in_parallel
 from planish.backends.tvm.row_codes import row_codes
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles, choose_rows
-from planish.formats import LARGEST_CODE, Format
+from planish.formats import LARGEST_CODE, Format, WeightFormat
 from planish.ops import QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, has_constant_weight
 from planish.targets import Target
 
@@ -31,10 +32,8 @@ def quantized_reason(node: fx.Node) -> str | None:
     """Why a layer on integer codes has no kernel, or None; a group is formed around constant codes only."""
     form = Format.parse(str(node.args[7]))
     depth = int(node.args[1].meta["val"].shape[1])  # pyright: ignore
-    if node.target is QUANTIZED_CONVOLUTION:
-        inputs, groups = int(node.args[0].meta["val"].shape[-1]), int(node.args[12])  # pyright: ignore
-        if groups not in (1, inputs) or (groups != 1 and (form.weight.bits != 8 or not form.weight.symmetric)):
-            return f"a convolution on codes of {inputs} channels in {groups} groups, format {form.name}, has no kernel"
+    if reason := _operand_reason(node, form):
+        return reason
     if form.activation == "fp":
         return f"the format {form.name} keeps activations in fp32, which has no kernel yet"
     most = (1 << 31) // (LARGEST_CODE << form.weight.bits)
@@ -43,6 +42,20 @@ def quantized_reason(node: fx.Node) -> str | None:
     grouped = type(node.graph.owning_module).__name__ == "Group"
     if not grouped and not has_constant_weight(node):
         return "its codes, scales and minimums must be constants"
+    return None
+
+
+def _operand_reason(node: fx.Node, form: Format) -> str | None:
+    """Why a layer's operands do not go together, or None."""
+    x, codes = node.args[0].meta["val"], node.args[1].meta["val"]  # pyright: ignore
+    if node.target is QUANTIZED_CONVOLUTION:
+        groups, depthwise = node.args[12], node.args[12] == x.shape[-1] == codes.shape[0]
+        if groups != 1 and not (depthwise and form.weight == WeightFormat(8)):
+            return f"a convolution on codes of {x.shape[-1]} channels in {groups} groups, {form.name}, has no kernel"
+        return None
+    optional = any(a is not None for a in node.args[8:])
+    if x.dtype is torch.int8 and (optional or node.args[6] is None):
+        return "an input of codes needs their scale, and can have neither outliers nor an equaliser"
     return None
 
 
