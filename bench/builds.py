@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from planish.models.base import LoadedModel
-from planish.passes import ON_INTEGERS, REGISTRY
+from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
 
 W6 = QuantizeUniform("w6a8-g32")
@@ -18,7 +18,7 @@ PADDED, PACKED = "planish-fp32-padded", "planish-fp32-packed"
 INTEGER: dict[str, dict[str, Any]] = {
     "planish-int8": {"target": "cpu-int8"},
     "planish-int4": {"target": "cpu-int4"},
-    "planish-w6a8": {"target": "cpu-int8", "passes": [W6 if name in ON_INTEGERS else name for name in REGISTRY]},
+    "planish-w6a8": {"target": "cpu-int8", "passes": default_pipeline(W6)},
 }
 """Builds on integer codes, without calibration, and how they are compiled."""
 
@@ -39,7 +39,7 @@ REMOVES_PADDING = "remove-padding"
 
 def compile_padded(compile_model: Callable[..., Any], loaded: LoadedModel) -> Any:
     """The model compiled by every pass of the default pipeline but ``remove-padding``."""
-    passes = [name for name in REGISTRY if name not in (REMOVES_PADDING, *ON_INTEGERS)]
+    passes = [name for name in default_pipeline() if name != REMOVES_PADDING]
     return compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic, passes=passes)
 
 
@@ -54,7 +54,7 @@ def compile_images(compile_model: Callable[..., Any], loaded: LoadedModel) -> di
     data = loaded.data.batches(CALIBRATION_IMAGES, CALIBRATION_IMAGES)
     found: dict[str, Any] = {}
     for name, quantize in IMAGES.items():
-        passes = [quantize if p in ON_INTEGERS else p for p in REGISTRY]
+        passes = default_pipeline(quantize)
         how = {"dynamic": loaded.dynamic, "passes": passes, "calibration": data}
         found[f"planish-{name}"] = compile_model(loaded.model, loaded.inputs, **how)
     return found

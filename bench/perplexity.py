@@ -12,7 +12,7 @@ from planish import models
 from planish.bench.quality import outputs
 from planish.bench.result import BenchResult
 from planish.models.smollm2 import perplexity
-from planish.passes import ON_INTEGERS, REGISTRY
+from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
 
 CALIBRATION, HELD_OUT = range(15), range(20, 32)
@@ -67,7 +67,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         found["fp32"] = perplexity(outputs(loaded.model, held_out, loaded.metric), held_out)
         for name, (quantize, wants_data) in ROWS.items():
             log(name)
-            passes = [quantize if p in ON_INTEGERS else p for p in REGISTRY]
+            passes = default_pipeline(quantize)
             data = {"calibration": calibration} if wants_data else {}
             call = compile_model(loaded.model, loaded.inputs, dynamic=loaded.dynamic, passes=passes, **data)
             found[name] = perplexity(outputs(call, held_out, loaded.metric), held_out)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from planish import backends, bench, dynamo, errors, models, passes, targets
     from planish.api import CompiledModel, compile
+    from planish.assignment import Assignment
+    from planish.budget import Budget
     from planish.errors import PlanishError
     from planish.program import Dim
     from planish.state import State
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
+    "Assignment": "planish.assignment",
+    "Budget": "planish.budget",
     "CompiledModel": "planish.api",
     "Dim": "planish.program",
     "PlanishError": "planish.errors",
@@ -30,6 +34,8 @@ _NAMES = {
 _MODULES = frozenset({"backends", "bench", "dynamo", "errors", "models", "passes", "targets"})
 
 __all__ = [
+    "Assignment",
+    "Budget",
     "CompiledModel",
     "Dim",
     "PlanishError",

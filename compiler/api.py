@@ -14,12 +14,23 @@ import torch
 from torch.export import ExportedProgram
 
 from planish import passes as registry
+from planish.assignment import Assignment
 from planish.backends import backend
 from planish.backends.base import Executable, KernelTime, Unsupported
+from planish.budget import Budget
 from planish.capture import Dynamic, Signature, capture, check_inputs_kind, check_model, check_tensor
 from planish.dump import Dump
-from planish.errors import CalibrationError, DimError, InputError, StateError, UnsupportedOpsError
+from planish.errors import (
+    BudgetError,
+    CalibrationError,
+    DimError,
+    InputError,
+    StateError,
+    UnknownNameError,
+    UnsupportedOpsError,
+)
 from planish.fallback import Coverage, CutSegments, check_fallback, compile_segments
+from planish.passes.precision import QuantizeMixed
 from planish.passes.precision.calibration import check_calibration
 from planish.pipeline import Pass, Step, run_pass, run_pipeline
 from planish.plan import Call
@@ -45,6 +56,8 @@ def compile(
     verify: bool = False,
     fallback: str = "error",
     calibration: Iterable[Inputs] | None = None,
+    budget: Budget | None = None,
+    pin: Mapping[str, str] | None = None,
     cache: bool = True,
 ) -> CompiledModel:
     """Compile a model to one native function.
@@ -65,18 +78,23 @@ def compile(
             ``"eager"`` runs those, and only those, in PyTorch. ``report()``, ``repr`` and the log name each of them.
         calibration: representative inputs, each like ``inputs``, for targets and passes with integer codes; they are
             run once. Without them scales are found at run time.
+        budget: what the formats of the layers may cost; they are then chosen one by one, with ``calibration``.
+        pin: formats of layers, by name or beginning of their names: ``{"lm_head": "w8a8", "encoder.layer.0": "fp"}``.
+            Layers without a pin have the budget's choice, or fp32 where there is no budget.
         cache: reuse the result of an equal compile of the same, unchanged model in this process.
 
     Raises:
         CaptureError, ModelStateError, InputError, DimError, TargetError, UnknownNameError, UnsupportedOpsError,
-            CalibrationError: see each class.
+            CalibrationError, BudgetError: see each class.
     """
     check_model(model)
     check_fallback(fallback)
     if inputs is not None:
         check_inputs_kind(inputs)
     parsed = Target.parse(target)
-    pipeline = registry.resolve(passes, padding, parsed)
+    mixed = QuantizeMixed(budget, tuple((pin or {}).items())) if budget is not None or pin else None
+    pipeline = registry.resolve(passes, padding, parsed, mixed)
+    _check_quantiser(pipeline, mixed, calibration)
     if calibration is not None:
         calibration = _check_calibration(calibration, pipeline, parsed)
     compiled = CompiledModel(parsed, pipeline, dynamic, dump, verify, fallback, calibration)
@@ -105,6 +123,7 @@ class Compiled:
     state: StateSpec
     coverage: Coverage | None
     """What runs in PyTorch; None where nothing does."""
+    assignment: Assignment | None = None
 
     @property
     def calls(self) -> list[Call]:
@@ -188,6 +207,22 @@ class CompiledModel:
         """The passes that ran."""
         return self._ready().steps
 
+    @property
+    def assignment(self) -> Assignment | None:
+        """The format of each layer and why it has it, where there was a budget or pins."""
+        return self._ready().assignment
+
+    def explain(self, name: str) -> str:
+        """Why layers have their formats: of the layer of that name, or of all whose names begin with it.
+
+        Raises:
+            UnknownNameError: there is no such layer, or formats were not chosen layer by layer.
+        """
+        assignment = self.assignment
+        if assignment is None:
+            raise UnknownNameError("formats were not chosen layer by layer", fix="compile with budget= or pin=")
+        return assignment.explain(name)
+
     def report(self) -> str:
         """Passes, kernels and sizes as text."""
         compiled = self._ready()
@@ -197,6 +232,7 @@ class CompiledModel:
             error = "" if step.max_error is None else f", max error {step.max_error:.1e}"
             rewrites = ", ".join(f"{n} {name}" for name, n in step.rewrites.items())
             lines.append(f"{step.name}: {step.ops_before} -> {step.ops_after} ops, {step.ms:.0f} ms{error}; {rewrites}")
+        lines += [compiled.assignment.table()] if compiled.assignment else []
         lines += [f"  {n.rule} at {n.node}: {n.text}" for step in compiled.steps for n in step.notes]
         lines += [f"  refused {r.rule} at {r.node}: {r.reason}" for step in compiled.steps for r in step.refusals]
         lines += [f"kernel {call.kernel}: {call.node} {list(map(str, call.shape))}" for call in compiled.calls]
@@ -270,7 +306,17 @@ class CompiledModel:
         count = program.arguments
         state = StateSpec(program.state, program.example[count:])
         inputs = program.inputs[:count]
-        compiled = Compiled(executable, signature, inputs, program.dims, program.counts, tuple(steps), state, coverage)
+        compiled = Compiled(
+            executable,
+            signature,
+            inputs,
+            program.dims,
+            program.counts,
+            tuple(steps),
+            state,
+            coverage,
+            program.assignment,
+        )
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -299,6 +345,23 @@ class CompiledModel:
                 fix="call it once, or give compile() its inputs",
             )
         return self._compiled
+
+
+def _check_quantiser(pipeline: Sequence[Pass], mixed: QuantizeMixed | None, calibration: object) -> None:
+    """Raise where a budget has no pass that keeps it, or no data to choose by."""
+    if mixed is None:
+        return
+    if mixed not in pipeline:
+        raise BudgetError(
+            "a budget or pins were given, but no pass of passes=[...] uses them",
+            fix=f"leave passes out, or add {QuantizeMixed.name!r} to them",
+        )
+    if calibration is None:
+        raise CalibrationError(
+            "a budget or pins were given without calibration",
+            why="which layers bear few bits is found by running the model on representative inputs",
+            fix="pass compile(..., calibration=[inputs, ...])",
+        )
 
 
 def _check_calibration(calibration: Iterable[Inputs], pipeline: Sequence[Pass], target: Target) -> list[Inputs]:

@@ -401,6 +401,7 @@ def _to_program(
     supply = iter(names)
     state = mutation.written_buffers(exported, names, prefix)
     held = {b.source: b.name.replace(".", "_") for b in state}
+    paths: dict[str, str] = {}
     for node in sorted(exported.graph.nodes, key=lambda n: (n.op != "placeholder", n in held)):  # the state comes last
         if node in held:
             mapping[node] = graph.placeholder(held[node])
@@ -414,6 +415,7 @@ def _to_program(
                     fix="write the op that the model uses there with others, or run it outside the model",
                 )
             name = add_constant(module, target.removeprefix(prefix).replace(".", "_"), tensor.detach())  # pyright: ignore
+            paths[name] = target.removeprefix(prefix)
             mapping[node] = graph.create_node("get_attr", name, name=name)
         elif node.op == "placeholder":
             name = next(supply).replace(".", "_")
@@ -428,6 +430,7 @@ def _to_program(
     symbols, program_dims = _dims(exported, names, dims, graph)
     program = Program(module, (), (), program_dims, symbols, (*example, *(b.initial for b in state)))
     program.state = tuple(b.name for b in state)
+    program.paths = paths
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     program.inputs = tuple(TensorSpec(n.name, n.meta["val"].dtype, program.shape(n)) for n in placeholders)
     outputs = next(n for n in graph.nodes if n.op == "output").args[0]

@@ -105,6 +105,8 @@ class Dump:
         notes = [{"rule": n.rule, "node": n.node, "text": n.text, "where": short_source(n.where)} for n in step.notes]
         if refusals or notes:
             files[f"{stem}.why.txt"] = "\n".join([*map(_note, notes), *map(_why, refusals)])
+        if program.assignment is not None:
+            files["precision.json"] = program.assignment.encode().decode()
         self._stem = stem
         self._diffs.append(diff)
         record = StepRecord(

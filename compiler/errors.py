@@ -77,6 +77,12 @@ class CalibrationError(PlanishError):
     code = "calibration"
 
 
+class BudgetError(PlanishError):
+    """A budget or pinned formats that no assignment of formats can keep."""
+
+    code = "budget"
+
+
 class StateError(PlanishError):
     """A call without the state it needs or with a wrong one, or two uses of one state at the same time."""
 

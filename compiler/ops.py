@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
+from torch._library.custom_ops import OPDEFS
 
 import planish.custom_ops
 import planish.packing_ops
@@ -269,6 +271,12 @@ INLINE = VIEWS | GENERATORS | GATHERS | JOINS | ELEMENTWISE
 
 IR = INLINE | (ROWS - SCHEDULED) | REDUCTIONS | SCANS | POOLS | SCATTERS | {LINEAR, ATTENTION, MATMUL, CONVOLUTION}
 """Every ATen op that the graph keeps whole."""
+
+
+def reference(op: Any) -> Callable[..., Any]:
+    """A ``planish::`` operator as a plain PyTorch function, which autograd can go through; others as they are."""
+    name = f"{op.namespace}::{op._opname}" if isinstance(op, torch._ops.OpOverload) else ""
+    return OPDEFS[name]._init_fn if name in OPDEFS else op
 
 
 def short_name(node: fx.Node) -> str:

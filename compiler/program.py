@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from planish.assignment import Assignment
 from planish.errors import DimError
 
 
@@ -78,6 +79,8 @@ class Program:
         calibration: inputs that are representative of what the model will see, each as ``example`` without the state.
         padded: outputs [B, S, ...] whose values at padding are not the model's: name of the output to the name of the
             mask input [B, S] and the mask's value at tokens.
+        paths: constants by name, to where they are in the model: ``encoder.layer.0.output.dense.weight``.
+        assignment: the formats that ``quantize-mixed`` chose.
     """
 
     module: fx.GraphModule
@@ -91,6 +94,8 @@ class Program:
     counts: dict[str, int | sympy.Expr] = field(default_factory=dict[str, "int | sympy.Expr"])
     calibration: tuple[tuple[torch.Tensor, ...], ...] = ()
     padded: dict[str, tuple[str, int]] = field(default_factory=dict[str, tuple[str, int]])
+    paths: dict[str, str] = field(default_factory=dict[str, str])
+    assignment: Assignment | None = None
 
     @property
     def arguments(self) -> int:
@@ -114,6 +119,12 @@ class Program:
         """Shape of a node or fake tensor: ints, and sympy expressions over dim names where dynamic."""
         val = value.meta["val"] if isinstance(value, fx.Node) else value
         return tuple(self.size(s) for s in val.shape)
+
+    def path(self, constant: fx.Node) -> str:
+        """Where a constant, or the one that it was made from, is in the model; its own name where that is not known."""
+        name = str(constant.target)
+        made_from = max((n for n in self.paths if name == n or name.startswith(f"{n}_")), key=len, default="")
+        return self.paths.get(made_from, name)
 
     def example_dims(self) -> dict[str, int]:
         """Size of each dim in the example inputs; its minimum where no input has it as an axis."""

@@ -13,7 +13,7 @@ from planish.capture import capture
 from planish.errors import CalibrationError, UnknownNameError
 from planish.formats import Format, quantise
 from planish.ops import QUANTIZED_LINEAR
-from planish.passes import REGISTRY, Canonicalize, resolve
+from planish.passes import QUANTISERS, REGISTRY, Canonicalize, resolve
 from planish.passes.precision import QuantizeUniform
 from planish.pipeline import Step, run_pipeline
 from planish.program import Program
@@ -112,8 +112,9 @@ def test_targets(target: str) -> None:
 
 def test_only_integer_targets_quantise_by_default() -> None:
     names = [p.name for p in resolve(None)]
-    assert names == [n for n in REGISTRY if n != "quantize-uniform"]
-    assert [p.name for p in resolve(None, target=Target.parse("cpu-int8"))] == list(REGISTRY)
+    assert names == [n for n in REGISTRY if n not in QUANTISERS]
+    whole = [p.name for p in resolve(None, target=Target.parse("cpu-int8"))]
+    assert whole == [n for n in REGISTRY if n != "quantize-mixed"]
 
 
 def test_weights_shared_by_layers_are_stored_once() -> None:

@@ -1,5 +1,6 @@
 """Number formats of layers: what their inputs look like, and which format each gets."""
 
+from planish.passes.precision.mixed import QuantizeMixed
 from planish.passes.precision.uniform import QuantizeUniform
 
-__all__ = ["QuantizeUniform"]
+__all__ = ["QuantizeMixed", "QuantizeUniform"]

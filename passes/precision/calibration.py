@@ -16,7 +16,7 @@ from planish.ops import planish_ops
 from planish.program import Program, source_line
 
 SAMPLE = 256
-"""Rows of a layer's input that are kept, in all and of each batch."""
+"""Rows of a layer's input that are kept, in all and of each batch; and rows of a weight that errors are taken from."""
 
 
 @dataclass

@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from planish.conv_ops import CONVOLUTION_LAST, Convolution
+from planish.ops import LINEAR, VIEWS, has_constant_weight
 from planish.program import Program, constant
+
+LEAST_DEPTH = 32
+"""Fewest input features of a layer: with less, turning rows into codes costs more than the products save."""
 
 
 @dataclass(frozen=True)
@@ -17,24 +22,32 @@ class Layer:
 
     Attributes:
         node: its op.
+        name: where it is in the model: ``encoder.layer.0.output.dense``.
         weight: fp32 [N, K]; of a convolution K is [window..., C / groups].
         bias: of N features, or None.
         depthwise: whether each feature has an input channel of its own.
     """
 
     node: fx.Node
+    name: str
     weight: Tensor
     bias: fx.Node | None
     depthwise: bool = False
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the model returns the layer's result or a view of it."""
+        return returns(self.node)
 
     @staticmethod
     def of(program: Program, node: fx.Node) -> Layer:
         """The layer that a linear or ``planish::convolution`` node computes."""
         weight = constant(program.module, node.args[1]).detach().float()  # pyright: ignore
+        name = program.path(node.args[1]).removesuffix(".weight")  # pyright: ignore
         bias: Any = node.args[2] if len(node.args) > 2 else None
         if node.target is not CONVOLUTION_LAST:
-            return Layer(node, weight, bias)
-        return Layer(node, weight.movedim(1, -1).flatten(1), bias, Convolution.of(node).is_depthwise)
+            return Layer(node, name, weight, bias)
+        return Layer(node, name, weight.movedim(1, -1).flatten(1), bias, Convolution.of(node).is_depthwise)
 
     @property
     def kind(self) -> str:
@@ -63,6 +76,30 @@ class Layer:
         if self.depthwise:
             return weight.sum(1) * mean
         return weight.unflatten(1, (-1, self.channels)).sum(1) @ mean
+
+
+def returns(node: fx.Node) -> bool:
+    """Whether the model returns a node's result or a view of it."""
+    return any(u.op == "output" or (u.target in VIEWS and returns(u)) for u in node.users)
+
+
+def layers(program: Program) -> list[fx.Node]:
+    """Every node that may be a layer on codes, in graph order; see ``reason`` for which are."""
+    return [n for n in program.nodes() if n.target in (LINEAR, CONVOLUTION_LAST)]
+
+
+def reason(program: Program, node: fx.Node) -> str | None:
+    """Why a linear layer or a convolution cannot be on codes, or None."""
+    if not has_constant_weight(node) or node.args[1].meta["val"].dim() < 2:  # pyright: ignore
+        return "its weight is computed in each call"
+    if node.meta["val"].dtype is not torch.float32:
+        return f"it computes in {node.meta['val'].dtype}, and integer kernels return fp32"
+    if node.target is CONVOLUTION_LAST and (found := convolution_reason(program, node)):
+        return found
+    layer = Layer.of(program, node)
+    if layer.weight.shape[1] < LEAST_DEPTH and not layer.depthwise:
+        return f"it has {layer.weight.shape[1]} input features: codes pay from {LEAST_DEPTH} on"
+    return None if layer.weight.isfinite().all() else "its weight holds NaN or infinity"
 
 
 def convolution_reason(program: Program, node: fx.Node) -> str | None:

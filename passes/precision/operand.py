@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from planish.formats import LARGEST_CODE, Format, quantise, quantise_rows
-from planish.passes.precision.calibration import Channels
+from planish.passes.precision.calibration import SAMPLE, Channels
 
 LIMITS = tuple(2 ** (-i / 2) for i in range(1, 17))
 """Parts of the largest channel's range that are tried as the limit of all channels."""
@@ -71,7 +71,8 @@ class Operand:
         limits = [part * float(ranges.max()) for part in LIMITS]
         limits = [limit for limit in limits if limit >= HEADROOM * float(ranges.median()) > 0]
         tried = [plain, *(replace(plain, equaliser=(limit / largest).clamp_max(1.0)) for limit in limits)]
-        return min(tried, key=lambda operand: operand._error(weight, form))
+        some = weight[:: -(-len(weight) // SAMPLE)]
+        return min(tried, key=lambda operand: operand._error(some, form))
 
     def _error(self, weight: Tensor, form: Format) -> float:
         """Expected square error of the products, rounding errors of x and weight taken as independent.

@@ -1,0 +1,152 @@
+"""Which format each layer of a model has, what that costs, and why: what ``quantize-mixed`` decides.
+
+As JSON it replays the decision: ``planish.compile(..., pin=planish.Assignment.load("precision.json").pins)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from planish.errors import BudgetError, UnknownNameError
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """The format of layers that read the same value.
+
+    Attributes:
+        name: of the layers.
+        format: as in ``Format.parse``, with ``+8`` for 8 input channels in fp32; or ``"fp"``.
+        loss: predicted, of these layers alone.
+        sigma: its standard error over the inputs.
+        bytes: of their weights.
+        ms: of their kernels by the cost table; None where the target has none.
+        runner_up: what comes next, empty where there is nothing else.
+        why: in words.
+    """
+
+    name: str
+    format: str
+    loss: float
+    sigma: float
+    bytes: int
+    ms: float | None
+    runner_up: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """The least loss that some bytes allow."""
+
+    bytes: int
+    bits: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A format for each layer.
+
+    Attributes:
+        measure: how outputs are compared: ``kl``, ``cosine``.
+        layers: in graph order.
+        predicted_loss: of all of them together.
+        measured_loss: the same, by running the model on some calibration inputs.
+        bytes: of all of them.
+        bits: of a weight, on average, with scales.
+        ms: of their kernels for a calibration batch by the cost table; None where the target has none.
+        minimised: ``loss``, or ``bytes`` or ``ms`` where the budget limits the loss.
+        limits: of the budget.
+        gap: of what was minimised to the least that can be; relative.
+        is_optimal: False where the deadline ended the search.
+        prices: what one more unit of a limit takes off what was minimised.
+        front: the least loss for other sizes.
+    """
+
+    measure: str
+    layers: tuple[LayerChoice, ...]
+    predicted_loss: float
+    measured_loss: float
+    bytes: int
+    bits: float
+    ms: float | None
+    minimised: str
+    limits: Mapping[str, float]
+    gap: float
+    is_optimal: bool
+    prices: Mapping[str, float]
+    front: tuple[Point, ...]
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """What replays it as ``compile(..., pin=)``."""
+        return {layer.name: layer.format for layer in self.layers}
+
+    def explain(self, name: str) -> str:
+        """Why layers have their formats: of the layer of that name, or of all whose names begin with it.
+
+        Raises:
+            UnknownNameError: there is no such layer.
+        """
+        found = [layer for layer in self.layers if covers(name, layer.name)]
+        if not found:
+            raise UnknownNameError(f"no layer {name!r}", fix="use one of: " + ", ".join(la.name for la in self.layers))
+        return "\n".join(
+            f"{la.name}: {la.format}, loss {la.loss:.3g} ± {la.sigma:.1g}, {la.bytes / 1e3:,.1f} kB"
+            + ("" if la.ms is None else f", {la.ms:.3g} ms")
+            + f"; {_next(la)}"
+            for la in found
+        )
+
+    def table(self) -> str:
+        """All layers, and what they come to, as text."""
+        width = max((len(la.name) for la in self.layers), default=0)
+        lines = [f"  {'layer':{width}}  {'format':12} {'loss':>9} {'±':>8} {'kB':>9} {'ms':>8}  runner-up"]
+        for la in self.layers:
+            ms = "" if la.ms is None else f"{la.ms:.3g}"
+            numbers = f"{la.loss:9.2e} {la.sigma:8.1e} {la.bytes / 1e3:9,.1f} {ms:>8}"
+            lines.append(f"  {la.name:{width}}  {la.format:12} {numbers}  {_next(la)}")
+        ms = "" if self.ms is None else f", {self.ms:.3g} ms by the cost table"
+        proof = f"within {self.gap:.1e} of the proved bound" if self.is_optimal else f"deadline hit, gap {self.gap:.1e}"
+        lines.append(f"  {self.bits:.2f} bits per weight, {self.bytes / 1e6:,.2f} MB{ms}; {proof}")
+        lines.append(f"  loss ({self.measure}): {self.predicted_loss:.3e} predicted, {self.measured_loss:.3e} measured")
+        for name, price in self.prices.items():
+            gain = price * self.limits[name] / 100
+            lines.append(
+                f"  {name}: at most {self.limits[name]:.6g}; 1 % more takes {gain:.2g} off the {self.minimised}"
+            )
+        return "\n".join(lines)
+
+    def encode(self) -> bytes:
+        """As JSON."""
+        return msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n"
+
+    @staticmethod
+    def load(path: str | Path) -> Assignment:
+        """An assignment from its file.
+
+        Raises:
+            BudgetError: there is no such file, or it is not an assignment.
+        """
+        try:
+            return msgspec.json.decode(Path(path).read_bytes(), type=Assignment)
+        except (OSError, ValueError) as error:  # msgspec's errors are ValueErrors
+            raise BudgetError(
+                "no assignment can be read", where=str(path), why=str(error), fix="give the precision.json of a dump"
+            ) from error
+
+
+def _next(layer: LayerChoice) -> str:
+    return f"{layer.runner_up}: {layer.why}" if layer.runner_up else layer.why
+
+
+def covers(prefix: str, name: str) -> bool:
+    """Whether layers' name begins with a prefix, of whole parts; of ``a.b|c`` each of ``a.b`` and ``a.c`` counts."""
+    stem, _, last = name.rpartition(".")
+    names = [f"{stem}.{part}" if stem else part for part in last.split("|")]
+    return name == prefix or any(n == prefix or n.startswith(prefix + ".") for n in names)

@@ -1,0 +1,378 @@
+"""What each treatment of each layer does to the loss, from a few gradients of the model in fp32.
+
+Treatment k of layer l changes its output by dy. With g the gradient of a random probe of the model's outputs, the loss
+is ``mean over inputs and probes of (sum g dy)^2 / 2`` (Gauss-Newton: the products are summed over the layer's whole
+output first, then squared; the diagonal Fisher of the literature squares first and takes errors as independent). The
+sums themselves are kept, so that the loss of several layers together is ``mean of (sum over layers of g dy)^2 / 2``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, fx
+
+from planish.conv_ops import CONVOLUTION_LAST
+from planish.formats import quantise_rows
+from planish.ops import reference
+from planish.passes.precision.layer import Layer
+from planish.passes.precision.loss import Loss
+from planish.passes.precision.operand import Operand
+from planish.passes.precision.rewrite import held_weight, rounded_weight
+from planish.passes.precision.treatment import Treatment
+from planish.program import Program
+
+PROBES = 4
+"""Random gradients of the outputs for each input."""
+
+MEASURED = 0.1
+"""Share of the scored treatments, those of greatest loss, that are measured directly."""
+
+FEW_BITS = 3
+"""Treatments of at most so many bits are measured directly: their errors are no small changes."""
+
+MEASURED_SAMPLES = 12
+"""Inputs that direct measurements use."""
+
+Sample = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Layers that read the same value and are treated alike.
+
+    Attributes:
+        layers: in graph order.
+        treatments: those that they can have, fp32 not among them.
+        operands: what calibration says of the value, for each treatment.
+    """
+
+    layers: tuple[Layer, ...]
+    treatments: tuple[Treatment, ...]
+    operands: Mapping[Treatment, Operand]
+
+    @property
+    def name(self) -> str:
+        """Of its layers: ``encoder.layer.0.attention.self.query|key|value``."""
+        first = self.layers[0].name.rpartition(".")[0]
+        if len(self.layers) > 1 and all(layer.name.rpartition(".")[0] == first for layer in self.layers):
+            return f"{first}." + "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
+        return "|".join(dict.fromkeys(layer.name for layer in self.layers))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What probing found.
+
+    Attributes:
+        sums: for each site and treatment ``sum g dy``, fp64 [samples, probes], scaled so that ``loss`` is what was
+            measured directly where that was done, and by what measuring found for the treatment elsewhere.
+        measured: sites and treatments that were measured directly, with the loss of those inputs.
+        samples: inputs that were probed.
+        complete: False where the deadline came before all of the inputs.
+        seconds: of probing and of measuring.
+    """
+
+    sums: Mapping[tuple[int, Treatment], Tensor]
+    measured: Mapping[tuple[int, Treatment], float]
+    samples: int
+    complete: bool
+    seconds: tuple[float, float]
+
+    def loss(self, site: int, treatment: Treatment) -> float:
+        """Of one site treated so and everything else in fp32."""
+        return 0.0 if treatment.format is None else float(self.sums[site, treatment].square().mean()) / 2
+
+    def sigma(self, site: int, treatment: Treatment) -> float:
+        """Standard error of ``loss``, over the inputs."""
+        if treatment.format is None or self.samples < 2:
+            return 0.0
+        by_sample = self.sums[site, treatment].square().mean(1) / 2
+        return float(by_sample.std() / self.samples**0.5)
+
+
+def split(program: Program) -> list[Sample]:
+    """The calibration inputs one by one, where all of them have the same dynamic first axis; else batch by batch."""
+    specs = program.inputs[: program.arguments]
+    first = {spec.shape[0] if spec.shape else None for spec in specs}
+    state = program.example[program.arguments :]
+    (axis,) = first if len(first) == 1 else (None,)
+    if axis is None or str(axis) not in program.dims or program.dims[str(axis)].min > 1:
+        return [(*batch, *state) for batch in program.calibration]
+    rows = [tuple(t[i : i + 1] for t in batch) for batch in program.calibration for i in range(len(batch[0]))]
+    return [(*row, *state) for row in rows]
+
+
+def score(
+    program: Program, sites: Sequence[Site], loss: Loss, samples: Sequence[Sample], *, deadline: float, seed: int = 0
+) -> Scores:
+    """Probe all treatments of all sites, then measure some of them directly.
+
+    Args:
+        program: in fp32.
+        sites: its layers.
+        loss: how outputs are compared.
+        samples: inputs, each with the state.
+        deadline: seconds after which no further input is probed, and nothing more is measured.
+        seed: of the probes.
+    """
+    start = time.perf_counter()
+    found: dict[tuple[int, Treatment], list[Tensor]] = {}
+    done = 0
+    with torch.inference_mode(False):
+        simulated = [[_Simulated(layer, site) for layer in site.layers] for site in sites]
+        generator = torch.Generator().manual_seed(seed)
+        for sample in _progress(samples, "probing layers"):
+            if done and time.perf_counter() - start > deadline:
+                break
+            for key, sums in _probe(program, simulated, loss, sample, generator):
+                found.setdefault(key, []).append(sums)
+            done += 1
+        sums = {key: torch.stack(values) for key, values in found.items()}
+        middle = time.perf_counter()
+        left = deadline - (middle - start)
+        part = samples[: min(done, MEASURED_SAMPLES)]
+        measured = _measure(program, simulated, loss, part, _to_measure(sums, sites), left)
+    _rescale(sums, measured, len(part))
+    seconds = (middle - start, time.perf_counter() - middle)
+    return Scores(sums, measured, done, done == len(samples), seconds)
+
+
+def _progress(items: Sequence[Any], what: str) -> Iterator[Any]:
+    console = Console(stderr=True)
+    return iter(track(items, what, console=console, transient=True, disable=not console.is_terminal))
+
+
+class _Simulated:
+    """A layer as its treatments compute it, in fp32."""
+
+    def __init__(self, layer: Layer, site: Site) -> None:
+        self.layer, self.site = layer, site
+        self.lost: dict[Treatment, Tensor] = {}
+        self._errors: dict[Treatment, Tensor] = {}
+        for treatment in site.treatments:
+            assert treatment.format is not None
+            operand = site.operands[treatment]
+            error = rounded_weight(layer, held_weight(layer, treatment.format, operand), operand) - layer.weight
+            self.lost[treatment] = layer.of_mean(error, operand.channels.mean)  # the corrected bias takes it off
+            self._errors[treatment] = error.bfloat16()  # an error need not be known better than to 0.4 %
+
+    def inputs(self, x: Tensor, treatments: Sequence[Treatment]) -> dict[Treatment, Tensor]:
+        """The layer's input as treatments see it; equal ones are one tensor."""
+        found: dict[Any, Tensor] = {}
+        result: dict[Treatment, Tensor] = {}
+        for treatment in treatments:
+            assert treatment.format is not None
+            operand = self.site.operands[treatment]
+            equaliser = operand.equaliser
+            key = (treatment.format.activation, treatment.outliers, None if equaliser is None else equaliser.data_ptr())
+            if key not in found:
+                found[key] = _rounded(x, treatment, operand)
+            result[treatment] = found[key]
+        return result
+
+    def error(self, treatment: Treatment) -> Tensor:
+        """How far the treatment's weight is off, fp32 [N, K]."""
+        return self._errors[treatment].float()
+
+    def apply(self, x: Tensor, weight: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        """The layer's op with another weight [N, K] and no bias; ``rest`` are the op's further arguments."""
+        if self.layer.node.target is CONVOLUTION_LAST:
+            shape = self.layer.node.args[1].meta["val"].shape  # pyright: ignore
+            weight = weight.unflatten(1, (*shape[2:], shape[1])).movedim(-1, 1)
+        return reference(self.layer.node.target)(x, weight, None, *rest)
+
+
+def _rounded(x: Tensor, treatment: Treatment, operand: Operand) -> Tensor:
+    """What a layer's input is to a treatment of it, in its own units: rounded, but for outliers."""
+    assert treatment.format is not None
+    if treatment.format.activation == "fp":
+        return x
+    inner = x if operand.outliers is None else x.index_fill(-1, operand.outliers, 0.0)
+    inner = inner if operand.equaliser is None else inner * operand.equaliser
+    codes, scales = quantise_rows(inner, operand.scale if treatment.format.activation == "a8-static" else None)
+    rounded = codes.float() * scales
+    rounded = rounded if operand.equaliser is None else rounded / operand.equaliser
+    if operand.outliers is not None:
+        rounded.index_copy_(-1, operand.outliers, x.index_select(-1, operand.outliers))
+    return rounded
+
+
+class _Recorder(fx.Interpreter):
+    """Runs the graph so that autograd can go through it, and keeps what layers read and return."""
+
+    def __init__(self, module: fx.GraphModule, nodes: frozenset[fx.Node]) -> None:
+        super().__init__(module)
+        self.seen: dict[fx.Node, tuple[tuple[Any, ...], Tensor]] = {}
+        self._nodes = nodes
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return super().call_function(reference(target), args, kwargs)
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n in self._nodes:
+            if not result.requires_grad:
+                result = result.detach().requires_grad_()
+            args, _ = self.fetch_args_kwargs_from_env(n)
+            self.seen[n] = (tuple(a.detach() if isinstance(a, Tensor) else a for a in args), result)
+        return result
+
+
+def _probe(
+    program: Program, simulated: Sequence[Sequence[_Simulated]], loss: Loss, sample: Sample, generator: torch.Generator
+) -> Iterator[tuple[tuple[int, Treatment], Tensor]]:
+    """For each site and treatment ``sum g dy`` over all of the site's layers, fp64 [PROBES]."""
+    nodes = [one.layer.node for group in simulated for one in group]
+    recorder = _Recorder(program.module, frozenset(nodes))
+    with torch.enable_grad():
+        outputs = recorder.run(*(t.clone() if t.is_inference() else t for t in sample))
+        values = [recorder.seen[node][1] for node in nodes]
+        gradients: list[Sequence[Tensor | None]] = []
+        for number in range(PROBES):
+            parts = zip(outputs, loss.probe([t.detach() for t in outputs], generator), strict=True)
+            total = torch.stack([(y * r).sum() for y, r in parts if r is not None]).sum()
+            gradients.append(torch.autograd.grad(total, values, retain_graph=number < PROBES - 1, allow_unused=True))
+    by_node = {node: [probe[i] for probe in gradients] for i, node in enumerate(nodes)}
+    for index, group in enumerate(simulated):
+        sums: dict[Treatment, Tensor] = {}
+        for one in group:
+            args, y = recorder.seen[one.layer.node]
+            g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node[one.layer.node]]).flatten(1)
+            for treatment, change in _changes(one, args, one.site.treatments):
+                part = (g @ change.reshape(-1)).double()
+                sums[treatment] = sums[treatment] + part if treatment in sums else part
+        yield from (((index, treatment), part) for treatment, part in sums.items())
+
+
+def _changes(
+    one: _Simulated, args: tuple[Any, ...], treatments: Sequence[Treatment]
+) -> Iterator[tuple[Treatment, Tensor]]:
+    """How treatments change the layer's output: ``(xq - x) W' + xq dW' - E[x] dW'``."""
+    x, rest = args[0], args[3:]
+    of_input: dict[int, Tensor] = {}
+    for treatment, rounded in one.inputs(x, treatments).items():
+        change = one.apply(rounded, one.error(treatment), rest) - one.lost[treatment]
+        if rounded is not x:
+            if id(rounded) not in of_input:
+                of_input[id(rounded)] = one.apply(rounded - x, one.layer.weight, rest)
+            change = change + of_input[id(rounded)]
+        yield treatment, change
+
+
+class _Treated(fx.Interpreter):
+    """Runs the graph with some layers as treated."""
+
+    def __init__(self, module: fx.GraphModule, layers: Mapping[fx.Node, tuple[_Simulated, Treatment]]) -> None:
+        super().__init__(module, garbage_collect_values=not layers)
+        self._layers = layers
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n not in self._layers:
+            return result
+        one, treatment = self._layers[n]
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        ((_, change),) = _changes(one, args, (treatment,))
+        return result + change
+
+
+def _measure(
+    program: Program,
+    simulated: Sequence[Sequence[_Simulated]],
+    loss: Loss,
+    samples: Sequence[Sample],
+    keys: Sequence[tuple[int, Treatment]],
+    deadline: float,
+) -> dict[tuple[int, Treatment], float]:
+    """The mean loss of each site and treatment, by running the model with it; none where the deadline comes first."""
+    start = time.perf_counter()
+    totals = dict.fromkeys(keys, 0.0)
+    for sample in _progress(samples, "measuring layers"):
+        with torch.no_grad():
+            exact = fx.Interpreter(program.module, garbage_collect_values=False)
+            want = exact.run(*sample)
+            for index, group in enumerate(simulated):
+                mine = [treatment for site, treatment in keys if site == index]
+                if time.perf_counter() - start > deadline:
+                    return {}
+                known = _before([one.layer.node for one in group], exact.env) if mine else {}
+                for treatment in mine:
+                    run = _Treated(program.module, {one.layer.node: (one, treatment) for one in group})
+                    got = run.run(*sample, initial_env=dict(known))
+                    totals[index, treatment] += loss.measure(want, got) / len(samples)
+    return totals
+
+
+def _before(nodes: Sequence[fx.Node], values: Mapping[fx.Node, Any]) -> dict[fx.Node, Any]:
+    """The values that do not depend on some nodes."""
+    changed = set(nodes)
+    for node in nodes[0].graph.nodes:
+        if not changed.isdisjoint(node.all_input_nodes):
+            changed.add(node)
+    return {node: value for node, value in values.items() if node not in changed and node.op != "output"}
+
+
+def measure(
+    program: Program, assigned: Mapping[int, Treatment], sites: Sequence[Site], loss: Loss, samples: Sequence[Sample]
+) -> float:
+    """The loss of sites treated as assigned, all together, over some inputs; the others stay fp32."""
+    layers = {
+        layer.node: (_Simulated(layer, replace(sites[index], treatments=(treatment,))), treatment)
+        for index, treatment in assigned.items()
+        for layer in sites[index].layers
+        if treatment.format is not None
+    }
+    total = 0.0
+    with torch.no_grad():
+        for sample in samples:
+            want = program.module(*sample)
+            total += loss.measure(want, _Treated(program.module, layers).run(*sample)) / len(samples)
+    return total
+
+
+def _to_measure(sums: Mapping[tuple[int, Treatment], Tensor], sites: Sequence[Site]) -> list[tuple[int, Treatment]]:
+    """Few bits, heads, and the treatments of greatest loss."""
+    by_loss = sorted(sums, key=lambda key: -float(sums[key].square().mean()))
+    top = set(by_loss[: math.ceil(MEASURED * len(by_loss))])
+    return [
+        (site, treatment)
+        for site, treatment in sums
+        if treatment.format is not None
+        and ((site, treatment) in top or treatment.format.weight.bits <= FEW_BITS or sites[site].layers[0].is_head)
+    ]
+
+
+def _rescale(
+    sums: dict[tuple[int, Treatment], Tensor], measured: Mapping[tuple[int, Treatment], float], samples: int
+) -> None:
+    """Scale sums so that they give the measured losses; unmeasured ones by what measuring found for their treatment.
+
+    What was measured on a part of the inputs is carried to all of them by what all sites' sums say of that part.
+    """
+    if not measured:
+        return
+    part = {key: float(value[:samples].square().mean()) / 2 for key, value in sums.items()}
+    whole = {key: float(value.square().mean()) / 2 for key, value in sums.items()}
+    carried = math.exp(statistics.fmean(math.log(whole[k] / part[k]) for k in sums if part[k] > 0 < whole[k]))
+    ratios: dict[Treatment, list[float]] = {}
+    for key, loss in measured.items():
+        if part[key] > 0 < loss:
+            ratios.setdefault(key[1], []).append(math.log(loss / part[key]))
+    for key in sums:
+        if key in measured and whole[key] > 0:
+            sums[key] = sums[key] * math.sqrt(max(0.0, measured[key]) * carried / whole[key])
+        elif key[1] in ratios:
+            sums[key] = sums[key] * math.exp(statistics.fmean(ratios[key[1]]) / 2)
