@@ -108,6 +108,16 @@ def perplexity(
     _measure("planish.bench.perplexity", json, threads, 0)
 
 
+@app.command()
+def precision(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads of PyTorch")] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="draws of documents and probes")] = 3,
+) -> None:
+    """How well scores foretell the loss of MiniLM's layers in few bits, and what assignments by them lose."""
+    _measure("planish.bench.precision", json, threads, seeds)
+
+
 def _width() -> int | None:
     """Columns of the tables: those of the terminal, and as many as they need in a file."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH

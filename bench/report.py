@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from rich import box
@@ -17,6 +18,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     """Print the JSON object of a benchmark for people: limits, contenders, kernels, the extra figures."""
     if result["bench"] == "perplexity":
         _show_perplexity(result, console)
+        return
+    if result["bench"] == "precision":
+        _show_precision(result, console)
         return
     machine, limits = result["machine"], result["limits"]
     by_isa = ", ".join(f"{isa} {gflops:.0f}" for isa, gflops in limits["fma_gflops_by_isa"].items())
@@ -80,6 +84,45 @@ def show_families(result: dict[str, Any], console: Console) -> None:
     lines.append(f"native: {summary['native']} of {summary['families']} families, {summary['native_and_match']} match")
     for line in lines:
         console.print(Text(line))
+
+
+def _show_precision(result: dict[str, Any], console: Console) -> None:
+    """Scorers against what was measured, and the assignments made from them; each figure the mean over the seeds."""
+    by_scorer: dict[str, list[dict[str, Any]]] = {}
+    for row in result["scorers"]:
+        by_scorer.setdefault(row["scorer"], []).append(row)
+    cells = [
+        (
+            name,
+            _mean(rows, lambda r: r["seconds"], ".1f"),
+            _mean(rows, lambda r: r["spearman"], ".3f"),
+            _mean(rows, lambda r: min(r["spearman_within"].values()), ".3f"),
+            _mean(rows, lambda r: r["ratio_at_many_bits"], ".3f"),
+        )
+        for name, rows in by_scorer.items()
+    ]
+    console.print(
+        _table(("scorer", "s", "Spearman", "least within a format", "predicted / measured, from 4 bits"), cells)
+    )
+    by_plan: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in result["assignments"]:
+        by_plan.setdefault((row["scorer"], round(row["bits"], 2)), []).append(row)
+    cells = [
+        (
+            name,
+            f"{bits:.2f}",
+            _mean(rows, lambda r: r.get("predicted"), ".4f"),
+            _mean(rows, lambda r: r["held_out"], ".4f"),
+            " ".join(f"{r['held_out']:.4f}" for r in rows),
+        )
+        for (name, bits), rows in by_plan.items()
+    ]
+    console.print(_table(("scorer", "bits", "predicted", "held-out loss", "of each seed"), cells))
+
+
+def _mean(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float | None], form: str) -> str:
+    values = [value for value in map(of, rows) if value is not None]
+    return format(sum(values) / len(values), form) if values else ""
 
 
 def _figure(value: float | None, form: str) -> str:

@@ -146,7 +146,8 @@ def _next(layer: LayerChoice) -> str:
 
 
 def covers(prefix: str, name: str) -> bool:
-    """Whether layers' name begins with a prefix, of whole parts; of ``a.b|c`` each of ``a.b`` and ``a.c`` counts."""
-    stem, _, last = name.rpartition(".")
-    names = [f"{stem}.{part}" if stem else part for part in last.split("|")]
+    """Whether the name of layers begins with a prefix, of whole parts; of ``a.b|c``, ``a.b`` or ``a.c`` does."""
+    first, *others = name.split("|")
+    stem = first.rpartition(".")[0]
+    names = [first, *(other if "." in other or not stem else f"{stem}.{other}" for other in others)]
     return name == prefix or any(n == prefix or n.startswith(prefix + ".") for n in names)

@@ -143,7 +143,7 @@ class Quantized:
     def dequantise(self) -> Tensor:
         """The weight that the codes stand for, fp32 [N, K]."""
         depth = self.codes.shape[1]
-        step, lowest = (_spread(t, self.format, depth) for t in (self.steps(), self.lowest()))
+        step, lowest = (spread(t, self.format, depth) for t in (self.steps(), self.lowest()))
         return self.codes.float() * step + lowest
 
     def steps(self) -> Tensor:
@@ -192,14 +192,14 @@ def quantise(weight: Tensor, form: WeightFormat, *, one_scale: bool = False) -> 
         minimums = low.to(form.scale_dtype)
         scales = ((high - minimums.float()) / float((1 << form.bits) - 1)).to(form.scale_dtype)
     held = Quantized(form, torch.empty(0), scales, minimums, channels)
-    lowest, step = held.lowest(), _spread(held.steps(), form, depth)
+    lowest, step = held.lowest(), spread(held.steps(), form, depth)
     if not (held.steps().isfinite().all() and lowest.isfinite().all()):
         raise ValueError("the weight's scales are too large for fp16: use a format with one scale for each row")
-    codes = ((weight.float() - _spread(lowest, form, depth)) / step).nan_to_num(nan=0.0)
+    codes = ((weight.float() - spread(lowest, form, depth)) / step).nan_to_num(nan=0.0)
     return replace(held, codes=codes.round().clamp(0, (1 << form.bits) - 1).to(torch.uint8))
 
 
-def _spread(numbers: Tensor, form: WeightFormat, depth: int) -> Tensor:
+def spread(numbers: Tensor, form: WeightFormat, depth: int) -> Tensor:
     """One number for each input feature from one for each group: [N, groups] to [N, depth]."""
     return numbers.repeat_interleave(form.group or depth, 1)[:, :depth]
 

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from planish.errors import CalibrationError
-from planish.ops import planish_ops
+from planish.ops import LINEAR, planish_ops
 from planish.program import Program, source_line
 
 SAMPLE = 256
@@ -30,6 +30,7 @@ class Channels:
         rows: how many.
         parts: of each batch some rows, at most SAMPLE.
         halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
+        moment: sum of ``x x'`` over all rows, [K, K], of linear layers.
     """
 
     largest: Tensor
@@ -38,6 +39,7 @@ class Channels:
     rows: int = 0
     parts: list[Tensor] = field(default_factory=list[Tensor])
     halves: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
+    moment: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
@@ -64,6 +66,8 @@ class Channels:
         if len(rest):
             self.later = torch.maximum(self.later, rest.abs().amax(0))
         self.total += x.double().sum(0)
+        if self.moment is not None:
+            self.moment.addmm_(x.T, x)
         self.rows += len(x)
         self.parts.append(x[:: -(-len(x) // SAMPLE)].clone())
 
@@ -71,13 +75,19 @@ class Channels:
 def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channels]:
     """Run the program on its calibration inputs, once each, and collect statistics of the layers' first operands.
 
+    Layers with the same first operand have the same statistics.
+
     Raises:
         CalibrationError: a layer's input holds NaN or infinity.
     """
-    found: dict[fx.Node, Channels] = {}
+    found: dict[Any, Channels] = {}
     for layer in layers:
-        depth = int(layer.args[0].meta["val"].shape[-1])  # pyright: ignore
-        found[layer] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
+        x: Any = layer.args[0]
+        depth = int(x.meta["val"].shape[-1])
+        if x not in found:
+            found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
+        if layer.target is LINEAR and found[x].moment is None:
+            found[x].moment = torch.zeros(depth, depth)
     state = program.example[program.arguments :]
     console = Console(stderr=True)
     for number, inputs in enumerate(
@@ -85,11 +95,11 @@ def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channe
     ):
         with torch.no_grad():
             _Observer(program.module, found, number).run(*inputs, *state)
-    return found
+    return {layer: found[layer.args[0]] for layer in layers}
 
 
 class _Observer(fx.Interpreter):
-    """Runs the graph and looks at the operands of some of its nodes."""
+    """Runs the graph and looks at some of its values."""
 
     def __init__(self, module: fx.GraphModule, found: dict[fx.Node, Channels], number: int) -> None:
         super().__init__(module)
@@ -97,18 +107,18 @@ class _Observer(fx.Interpreter):
         self._starts: Tensor | None = None
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node; before, look at its first operand."""
+        """Run a node, and look at its value."""
+        result = super().run_node(n)
         if n in self._found:
-            x = self.env[n.args[0]]  # pyright: ignore
-            if not x.isfinite().all():
+            if not result.isfinite().all():
+                reader = next(iter(n.users))
                 raise CalibrationError(
-                    f"in calibration batch {self._number} the input of {n.name} holds NaN or infinity",
-                    where=source_line(n),
+                    f"in calibration batch {self._number} the input of {reader.name} holds NaN or infinity",
+                    where=source_line(reader),
                     why="its scale would be meaningless",
                     fix="check that batch in eager PyTorch, and leave it out",
                 )
-            self._found[n].add(x.reshape(-1, x.shape[-1]), self._first_tokens(x))
-        result = super().run_node(n)
+            self._found[n].add(result.reshape(-1, result.shape[-1]), self._first_tokens(result))
         if n.target is planish_ops.token_starts.default:
             self._starts = result
         return result

@@ -10,7 +10,8 @@ from planish.budget import Budget
 from planish.errors import BudgetError, UnknownNameError
 from planish.passes.precision.columns import BYTES, LOSS, MS, MS_ONE_ROW, Option, blocks_of
 from planish.passes.precision.loss import Loss
-from planish.passes.precision.sensitivity import Scores, Site
+from planish.passes.precision.sensitivity import Scores
+from planish.passes.precision.sites import Site
 from planish.passes.precision.solve import Block, Column, Solution, solve
 from planish.passes.precision.treatment import Treatment
 

@@ -12,12 +12,18 @@ import torch
 
 from planish.costs import FP32 as FP32_COST
 from planish.passes.precision.calibration import Channels
-from planish.passes.precision.sensitivity import Scores, Site
+from planish.passes.precision.sensitivity import Scores
+from planish.passes.precision.sites import Site
 from planish.passes.precision.solve import Block, Column, pareto
 from planish.passes.precision.treatment import Treatment
 from planish.targets import Target
 
 LOSS, BYTES, MS, MS_ONE_ROW = "loss", "bytes", "ms", "ms_one_row"
+
+ERRORS = 2.0
+"""Standard errors that what two sites do to each other must exceed to count."""
+
+TINY = 1e-300
 
 MOST_CONFIGURATIONS = 20_000
 """Of a block; with more, it is split."""
@@ -116,7 +122,10 @@ def _stem(site: Site) -> str:
 
 
 def _block(sites: Sequence[Site], kept: Sequence[Sequence[Option]], scores: Scores, members: Sequence[int]) -> Block:
-    """``loss = mean (sum_i s_i)^2 / 2``, multiplied out, so that only pairs of treatments are needed."""
+    """``loss = mean (sum_i s_i)^2 / 2``, multiplied out, so that only pairs of treatments are needed.
+
+    Of the thousands of pairs many are large by chance, and a minimum finds those: they are shrunk by their errors.
+    """
     some = next(iter(scores.sums.values()), torch.zeros(1, 1))
     sums = [
         torch.stack([scores.sums.get((i, o.treatment), torch.zeros_like(some)).flatten() for o in kept[i]])
@@ -132,7 +141,8 @@ def _block(sites: Sequence[Site], kept: Sequence[Sequence[Option]], scores: Scor
             loss += products.diagonal().reshape(shape) / 2
         else:
             shape[a], shape[b] = products.shape
-            loss += products.reshape(shape)
+            squares = sums[a].square() @ sums[b].square().T / some.numel()
+            loss += _significant(products, (squares - products.square()) / some.numel()).reshape(shape)
     names = [name for name in kept[members[0]][0].costs if name != LOSS]
     columns = [
         Column(
@@ -142,3 +152,8 @@ def _block(sites: Sequence[Site], kept: Sequence[Sequence[Option]], scores: Scor
         for chosen, value in zip(itertools.product(*(kept[i] for i in members)), loss.flatten().tolist(), strict=True)
     ]
     return Block(tuple(sites[i].name for i in members), tuple(columns))
+
+
+def _significant(means: torch.Tensor, variances: torch.Tensor) -> torch.Tensor:
+    """Means shrunk towards 0, the more the larger their standard errors; 0 below ``ERRORS`` of them (James-Stein)."""
+    return means * (1 - ERRORS**2 * variances / means.square().clamp_min(TINY)).clamp_min(0)

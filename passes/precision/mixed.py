@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
-
-import torch
-from torch import fx
+from typing import ClassVar
 
 from planish.budget import Budget
-from planish.conv_ops import CONVOLUTION_LAST
 from planish.errors import BudgetError, CalibrationError
-from planish.passes.precision.calibration import Channels, observe
 from planish.passes.precision.choice import allowed_treatments, choose, explain
 from planish.passes.precision.columns import options
-from planish.passes.precision.layer import Layer, layers, reason
 from planish.passes.precision.loss import Loss
-from planish.passes.precision.operand import Operand
-from planish.passes.precision.rewrite import NOTABLE, Rewriter
-from planish.passes.precision.sensitivity import MEASURED_SAMPLES, Scores, Site, measure, score, split
-from planish.passes.precision.treatment import Treatment
-from planish.pipeline import Note, Pass, Refusal, Result
+from planish.passes.precision.rewrite import Rewriter
+from planish.passes.precision.sensitivity import MEASURED_SAMPLES, Sample, Scores, measure, probe, refine, split
+from planish.passes.precision.sites import Site, find_sites
+from planish.pipeline import Note, Pass, Result
 from planish.program import Program
 from planish.rules import remove_dead
 from planish.targets import Target
-
-MENU = ("w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
-"""Formats of linear layers that are tried."""
-
-WITH_OUTLIERS = ("w8a8+8", "w4a8-g32+8")
-"""Tried too where the input has a channel ``NOTABLE`` times as large as the median."""
-
-CONVOLUTIONS = ("w8a8-static",)
-"""Of convolutions: all positions of a window share a scale."""
 
 
 @dataclass(frozen=True)
@@ -89,18 +73,15 @@ class _Work:
 
     def run(self) -> None:
         """Sites, their scores, the program over them, and the rewriting."""
-        nodes = [node for node in layers(self.program) if self._is_eligible(node)]
-        channels = observe(self.program, nodes)
-        sites = self._sites(nodes, channels)
+        sites, channels = find_sites(self.program, QuantizeMixed.name, self.result, self.options.menu, self.options.pin)
         allowed = allowed_treatments(sites, self.options.pin)
         loss, samples = Loss.of(self.program, self.options.measure or None), split(self.program)
         searched = [replace(s, treatments=tuple(t for t in a if t.format)) for s, a in zip(sites, allowed, strict=True)]
-        scores = score(self.program, searched, loss, samples, deadline=self.options.deadline, seed=self.options.seed)
-        self._say_scores(nodes, scores, len(samples))
+        scores = self._score(searched, loss, samples)
+        self._say_scores(sites, scores, len(samples))
         batches = len(self.program.calibration)
         by_site = [
-            options(i, site, channels[site.layers[0].node], batches, scores, allowed[i], self.target)
-            for i, site in enumerate(sites)
+            options(i, site, channels[i], batches, scores, allowed[i], self.target) for i, site in enumerate(sites)
         ]
         found = choose(sites, by_site, scores, self.options.budget, self.options.deadline)
         treatments = dict(enumerate(found.treatments))
@@ -111,46 +92,15 @@ class _Work:
             if treatment.format is not None:
                 rewriter.quantise_all([la.node for la in site.layers], treatment.format, site.operands[treatment])
 
-    def _is_eligible(self, node: fx.Node) -> bool:
-        if why := reason(self.program, node):
-            self.result.refusals.append(Refusal.at(QuantizeMixed.name, node, why))
-        return not why
+    def _score(self, sites: Sequence[Site], loss: Loss, samples: Sequence[Sample]) -> Scores:
+        deadline = self.options.deadline
+        scores = probe(self.program, sites, loss, samples, deadline=deadline, seed=self.options.seed)
+        return refine(scores, self.program, sites, loss, samples, deadline=deadline - scores.seconds)
 
-    def _sites(self, nodes: Sequence[fx.Node], channels: Mapping[fx.Node, Channels]) -> list[Site]:
-        """Layers that read the same value, with what calibration says of it."""
-        together: dict[Any, list[Layer]] = {}
-        for node in nodes:
-            together.setdefault((node.args[0], node.target), []).append(Layer.of(self.program, node))
-        images = any(node.target is CONVOLUTION_LAST for node in nodes)
-        sites: list[Site] = []
-        for group in together.values():
-            seen = channels[group[0].node]
-            if not seen.rows:
-                self._say(group[0].node, "calibration never reached it: it stays fp32")
-            names = self._menu(group[0], seen) if seen.rows else ()
-            treatments = tuple(Treatment.parse(name) for name in names)
-            weights = torch.cat([layer.by_channel() for layer in group])
-            operands = {
-                t: Operand.of(seen, weights, t.format, t.outliers, equalise=not images) for t in treatments if t.format
-            }
-            sites.append(Site(tuple(group), treatments, operands))
-        return sites
-
-    def _menu(self, layer: Layer, seen: Channels) -> tuple[str, ...]:
-        """Formats that are tried for a layer."""
-        if layer.node.target is CONVOLUTION_LAST:
-            return CONVOLUTIONS
-        if self.options.menu:
-            return self.options.menu
-        return (*MENU, *(WITH_OUTLIERS if float(seen.against_median().max()) >= NOTABLE else ()))
-
-    def _say(self, node: fx.Node, text: str) -> None:
-        self.result.notes.append(Note.at(QuantizeMixed.name, node, text))
-
-    def _say_scores(self, nodes: Sequence[fx.Node], scores: Scores, wanted: int) -> None:
+    def _say_scores(self, sites: Sequence[Site], scores: Scores, wanted: int) -> None:
         """What the assignment's figures rest on."""
-        if nodes:
+        if sites:
             ended = "" if scores.complete else f": the deadline of {self.options.deadline:g} s ended it"
             text = f"{len(scores.sums)} scores from {scores.samples} of {wanted} inputs{ended}"
-            measured = f"{len(scores.measured)} of them measured directly"
-            self._say(nodes[0], f"{text}, {measured}")
+            text += f", {len(scores.measured)} of them measured directly"
+            self.result.notes.append(Note.at(QuantizeMixed.name, sites[0].layers[0].node, text))

@@ -39,6 +39,14 @@ class Operand:
         return float(even.max().clamp_min(torch.finfo(torch.float32).tiny * LARGEST_CODE)) / LARGEST_CODE
 
     @property
+    def moment(self) -> Tensor | None:
+        """Sum of ``x x'`` over calibration, of x as it becomes codes, [K, K]; None where it is not known."""
+        if self.channels.moment is None:
+            return None
+        even = self._without_outliers(self._factors)
+        return even[:, None] * self.channels.moment * even
+
+    @property
     def _factors(self) -> Tensor:
         return torch.ones(len(self.channels.largest)) if self.equaliser is None else self.equaliser
 

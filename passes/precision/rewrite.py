@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from planish.conv_ops import CONVOLUTION_LAST, Convolution
 from planish.formats import LARGEST_CODE, Format, Quantized, quantise
 from planish.ops import LINEAR, QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, aten
 from planish.passes.precision.calibration import Channels
+from planish.passes.precision.gptq import gptq
 from planish.passes.precision.layer import Layer
 from planish.passes.precision.operand import Operand
 from planish.pipeline import Note, Refusal, Result
 from planish.program import Program, add_constant, constant
+
+EXACT_BITS = 8
 
 NOTABLE = 20.0
 """A channel this many times as large as the median channel is an outlier that is reported (LLM.int8)."""
@@ -161,13 +164,19 @@ class Rewriter:
 
 
 def held_weight(layer: Layer, form: Format, operand: Operand | None, *, per_tensor: bool = False) -> Quantized:
-    """The codes of a layer's weight: of what its evened-out input is multiplied by, 0 at outliers."""
+    """The codes of a layer's weight: of what its evened-out input is multiplied by, 0 at outliers.
+
+    With calibration, those of a linear layer make up for each other's errors; those of 8 bits have next to none.
+    """
     weight = layer.weight
     if operand is not None and operand.equaliser is not None:
         weight = layer.times(weight, 1 / operand.equaliser)
     if operand is not None and operand.outliers is not None:
         weight = weight.index_fill(1, operand.outliers, 0.0)
-    return quantise(weight, form.weight, one_scale=per_tensor)
+    held = quantise(weight, form.weight, one_scale=per_tensor)
+    if operand is None or operand.moment is None or form.weight.bits == EXACT_BITS or layer.node.target is not LINEAR:
+        return held
+    return replace(held, codes=gptq(weight, held, operand.moment))
 
 
 def rounded_weight(layer: Layer, held: Quantized, operand: Operand | None) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from planish.passes.precision.layer import Layer
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.operand import Operand
 from planish.passes.precision.rewrite import held_weight, rounded_weight
+from planish.passes.precision.sites import Site
 from planish.passes.precision.treatment import Treatment
 from planish.program import Program
 
@@ -46,29 +47,6 @@ Sample = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Site:
-    """Layers that read the same value and are treated alike.
-
-    Attributes:
-        layers: in graph order.
-        treatments: those that they can have, fp32 not among them.
-        operands: what calibration says of the value, for each treatment.
-    """
-
-    layers: tuple[Layer, ...]
-    treatments: tuple[Treatment, ...]
-    operands: Mapping[Treatment, Operand]
-
-    @property
-    def name(self) -> str:
-        """Of its layers: ``encoder.layer.0.attention.self.query|key|value``."""
-        first = self.layers[0].name.rpartition(".")[0]
-        if len(self.layers) > 1 and all(layer.name.rpartition(".")[0] == first for layer in self.layers):
-            return f"{first}." + "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
-        return "|".join(dict.fromkeys(layer.name for layer in self.layers))
-
-
-@dataclass(frozen=True)
 class Scores:
     """What probing found.
 
@@ -78,14 +56,14 @@ class Scores:
         measured: sites and treatments that were measured directly, with the loss of those inputs.
         samples: inputs that were probed.
         complete: False where the deadline came before all of the inputs.
-        seconds: of probing and of measuring.
+        seconds: of probing and of measuring together.
     """
 
     sums: Mapping[tuple[int, Treatment], Tensor]
     measured: Mapping[tuple[int, Treatment], float]
     samples: int
     complete: bool
-    seconds: tuple[float, float]
+    seconds: float
 
     def loss(self, site: int, treatment: Treatment) -> float:
         """Of one site treated so and everything else in fp32."""
@@ -111,39 +89,82 @@ def split(program: Program) -> list[Sample]:
     return [(*row, *state) for row in rows]
 
 
-def score(
-    program: Program, sites: Sequence[Site], loss: Loss, samples: Sequence[Sample], *, deadline: float, seed: int = 0
+Contraction = Callable[[Tensor, Tensor], Tensor]
+"""From gradients [probes, outputs] and a change [outputs] to numbers whose squares are twice the loss, [probes]."""
+
+
+def gauss_newton(gradients: Tensor, change: Tensor) -> Tensor:
+    """``sum g dy``."""
+    return gradients @ change
+
+
+def diagonal_fisher(gradients: Tensor, change: Tensor) -> Tensor:
+    """``sqrt(sum g^2 dy^2)``, which takes the errors of outputs as independent; to compare."""
+    return (gradients.square() @ change.square()).sqrt()
+
+
+def probe(
+    program: Program,
+    sites: Sequence[Site],
+    loss: Loss,
+    samples: Sequence[Sample],
+    *,
+    deadline: float = math.inf,
+    seed: int = 0,
+    contract: Contraction = gauss_newton,
 ) -> Scores:
-    """Probe all treatments of all sites, then measure some of them directly.
+    """Score all treatments of all sites by gradients of random probes of the outputs.
 
     Args:
         program: in fp32.
         sites: its layers.
         loss: how outputs are compared.
         samples: inputs, each with the state.
-        deadline: seconds after which no further input is probed, and nothing more is measured.
+        deadline: seconds after which no further input is probed.
         seed: of the probes.
+        contract: how gradients and changes become scores.
     """
     start = time.perf_counter()
     found: dict[tuple[int, Treatment], list[Tensor]] = {}
     done = 0
     with torch.inference_mode(False):
-        simulated = [[_Simulated(layer, site) for layer in site.layers] for site in sites]
+        simulated = _simulate(sites)
         generator = torch.Generator().manual_seed(seed)
         for sample in _progress(samples, "probing layers"):
             if done and time.perf_counter() - start > deadline:
                 break
-            for key, sums in _probe(program, simulated, loss, sample, generator):
+            for key, sums in _probe(program, simulated, loss, sample, generator, contract):
                 found.setdefault(key, []).append(sums)
             done += 1
-        sums = {key: torch.stack(values) for key, values in found.items()}
-        middle = time.perf_counter()
-        left = deadline - (middle - start)
-        part = samples[: min(done, MEASURED_SAMPLES)]
-        measured = _measure(program, simulated, loss, part, _to_measure(sums, sites), left)
-    _rescale(sums, measured, len(part))
-    seconds = (middle - start, time.perf_counter() - middle)
-    return Scores(sums, measured, done, done == len(samples), seconds)
+    sums = {key: torch.stack(values) for key, values in found.items()}
+    return Scores(sums, {}, done, done == len(samples), time.perf_counter() - start)
+
+
+def refine(
+    scores: Scores,
+    program: Program,
+    sites: Sequence[Site],
+    loss: Loss,
+    samples: Sequence[Sample],
+    *,
+    deadline: float = math.inf,
+) -> Scores:
+    """Measure some treatments directly, those of few bits, of heads and of greatest loss, and scale all scores by that.
+
+    Args:
+        scores: by ``probe``, of the same program, sites and samples.
+        program, sites, loss, samples: as in ``probe``.
+        deadline: seconds after which nothing is measured any more; then the scores stay as they are.
+    """
+    start, part = time.perf_counter(), samples[: min(scores.samples, MEASURED_SAMPLES)]
+    measured = measure_each(program, sites, loss, part, _to_measure(scores, sites), deadline)
+    sums = _rescaled(scores.sums, measured, len(part))
+    seconds = scores.seconds + time.perf_counter() - start
+    return replace(scores, sums=sums, measured=measured, seconds=seconds)
+
+
+def _simulate(sites: Sequence[Site]) -> list[list[_Simulated]]:
+    return [[_Simulated(layer, site) for layer in site.layers] for site in sites]
 
 
 def _progress(items: Sequence[Any], what: str) -> Iterator[Any]:
@@ -232,9 +253,14 @@ class _Recorder(fx.Interpreter):
 
 
 def _probe(
-    program: Program, simulated: Sequence[Sequence[_Simulated]], loss: Loss, sample: Sample, generator: torch.Generator
+    program: Program,
+    simulated: Sequence[Sequence[_Simulated]],
+    loss: Loss,
+    sample: Sample,
+    generator: torch.Generator,
+    contract: Contraction,
 ) -> Iterator[tuple[tuple[int, Treatment], Tensor]]:
-    """For each site and treatment ``sum g dy`` over all of the site's layers, fp64 [PROBES]."""
+    """For each site and treatment what its layers' changes contract to, summed, fp64 [PROBES]."""
     nodes = [one.layer.node for group in simulated for one in group]
     recorder = _Recorder(program.module, frozenset(nodes))
     with torch.enable_grad():
@@ -252,7 +278,7 @@ def _probe(
             args, y = recorder.seen[one.layer.node]
             g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node[one.layer.node]]).flatten(1)
             for treatment, change in _changes(one, args, one.site.treatments):
-                part = (g @ change.reshape(-1)).double()
+                part = contract(g, change.reshape(-1)).double()
                 sums[treatment] = sums[treatment] + part if treatment in sums else part
         yield from (((index, treatment), part) for treatment, part in sums.items())
 
@@ -289,16 +315,16 @@ class _Treated(fx.Interpreter):
         return result + change
 
 
-def _measure(
+def measure_each(
     program: Program,
-    simulated: Sequence[Sequence[_Simulated]],
+    sites: Sequence[Site],
     loss: Loss,
     samples: Sequence[Sample],
     keys: Sequence[tuple[int, Treatment]],
-    deadline: float,
+    deadline: float = math.inf,
 ) -> dict[tuple[int, Treatment], float]:
     """The mean loss of each site and treatment, by running the model with it; none where the deadline comes first."""
-    start = time.perf_counter()
+    start, simulated = time.perf_counter(), _simulate(sites)
     totals = dict.fromkeys(keys, 0.0)
     for sample in _progress(samples, "measuring layers"):
         with torch.no_grad():
@@ -343,27 +369,27 @@ def measure(
     return total
 
 
-def _to_measure(sums: Mapping[tuple[int, Treatment], Tensor], sites: Sequence[Site]) -> list[tuple[int, Treatment]]:
+def _to_measure(scores: Scores, sites: Sequence[Site]) -> list[tuple[int, Treatment]]:
     """Few bits, heads, and the treatments of greatest loss."""
-    by_loss = sorted(sums, key=lambda key: -float(sums[key].square().mean()))
+    by_loss = sorted(scores.sums, key=lambda key: -scores.loss(*key))
     top = set(by_loss[: math.ceil(MEASURED * len(by_loss))])
     return [
         (site, treatment)
-        for site, treatment in sums
+        for site, treatment in scores.sums
         if treatment.format is not None
         and ((site, treatment) in top or treatment.format.weight.bits <= FEW_BITS or sites[site].layers[0].is_head)
     ]
 
 
-def _rescale(
-    sums: dict[tuple[int, Treatment], Tensor], measured: Mapping[tuple[int, Treatment], float], samples: int
-) -> None:
-    """Scale sums so that they give the measured losses; unmeasured ones by what measuring found for their treatment.
+def _rescaled(
+    sums: Mapping[tuple[int, Treatment], Tensor], measured: Mapping[tuple[int, Treatment], float], samples: int
+) -> Mapping[tuple[int, Treatment], Tensor]:
+    """Sums that give the measured losses; unmeasured ones scaled by what measuring found for their treatment.
 
     What was measured on a part of the inputs is carried to all of them by what all sites' sums say of that part.
     """
     if not measured:
-        return
+        return sums
     part = {key: float(value[:samples].square().mean()) / 2 for key, value in sums.items()}
     whole = {key: float(value.square().mean()) / 2 for key, value in sums.items()}
     carried = math.exp(statistics.fmean(math.log(whole[k] / part[k]) for k in sums if part[k] > 0 < whole[k]))
@@ -371,8 +397,10 @@ def _rescale(
     for key, loss in measured.items():
         if part[key] > 0 < loss:
             ratios.setdefault(key[1], []).append(math.log(loss / part[key]))
+    found = dict(sums)
     for key in sums:
         if key in measured and whole[key] > 0:
-            sums[key] = sums[key] * math.sqrt(max(0.0, measured[key]) * carried / whole[key])
+            found[key] = sums[key] * math.sqrt(max(0.0, measured[key]) * carried / whole[key])
         elif key[1] in ratios:
-            sums[key] = sums[key] * math.exp(statistics.fmean(ratios[key[1]]) / 2)
+            found[key] = sums[key] * math.exp(statistics.fmean(ratios[key[1]]) / 2)
+    return found

@@ -146,7 +146,8 @@ class _Model:
         self.scale, self._limits = scale, limits
         self._problem: Any = pulp.LpProblem("assignment", pulp.LpMinimize)
         self._taken = [
-            [pulp.LpVariable(f"x_{b}_{c}", cat="Binary") for c in range(len(columns))] for b, columns in enumerate(kept)
+            [self._problem.add_variable(f"x_{b}_{c}", cat="Binary") for c in range(len(columns))]
+            for b, columns in enumerate(kept)
         ]
         flat = [
             (x, column)
@@ -180,9 +181,11 @@ class _Model:
 
     def prices(self) -> dict[str, float]:
         """Change of the unscaled objective per unit of each limit."""
-        constraints = self._problem.constraints
         units = {name: SCALE / limit if limit > 0 else 1.0 for name, limit in self._limits.items()}
-        return {name: constraints[f"limit_{i}"].pi * units[name] / self.scale for i, name in enumerate(self._limits)}
+        return {
+            name: self._problem.get_constraint_by_name(f"limit_{i}").pi * units[name] / self.scale
+            for i, name in enumerate(self._limits)
+        }
 
     def chosen(self) -> list[int]:
         """Index of each block's column."""

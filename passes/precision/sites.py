@@ -1,0 +1,99 @@
+"""Where formats are chosen: layers that read the same value, and what each of them can be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from planish.assignment import covers
+from planish.conv_ops import CONVOLUTION_LAST
+from planish.passes.precision.calibration import Channels, observe
+from planish.passes.precision.layer import Layer, layers, reason
+from planish.passes.precision.operand import Operand
+from planish.passes.precision.rewrite import NOTABLE
+from planish.passes.precision.treatment import FP32, Treatment
+from planish.pipeline import Note, Refusal, Result
+from planish.program import Program
+
+MENU = ("w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
+"""Formats of linear layers that are tried."""
+
+WITH_OUTLIERS = ("w8a8+8", "w4a8-g32+8")
+"""Tried too where the input has a channel ``NOTABLE`` times as large as the median."""
+
+CONVOLUTIONS = ("w8a8-static",)
+"""Of convolutions: all positions of a window share a scale."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """Layers that read the same value and are treated alike.
+
+    Attributes:
+        layers: in graph order.
+        treatments: those that they can have, fp32 not among them.
+        operands: what calibration says of the value, for each treatment.
+    """
+
+    layers: tuple[Layer, ...]
+    treatments: tuple[Treatment, ...]
+    operands: Mapping[Treatment, Operand]
+
+    @property
+    def name(self) -> str:
+        """Of its layers: ``encoder.layer.0.attention.self.query|key|value``."""
+        first = self.layers[0].name.rpartition(".")[0]
+        if len(self.layers) > 1 and all(layer.name.rpartition(".")[0] == first for layer in self.layers):
+            return f"{first}." + "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
+        return "|".join(dict.fromkeys(layer.name for layer in self.layers))
+
+
+def find_sites(
+    program: Program, name: str, result: Result, menu: Sequence[str] = (), pins: Sequence[tuple[str, str]] = ()
+) -> tuple[list[Site], list[Channels]]:
+    """All sites of a program in graph order, with what calibration saw of the value that each reads.
+
+    Args:
+        program: canonical, with calibration inputs.
+        name: of the pass, in what it says.
+        result: gets the layers that stay fp32, with the reasons.
+        menu: formats of linear layers; empty for ``MENU``, and ``WITH_OUTLIERS`` where they may help.
+        pins: pairs of a layer's name or its beginning, and a format that the layer can have besides.
+    """
+    nodes = []
+    for node in layers(program):
+        if why := reason(program, node):
+            result.refusals.append(Refusal.at(name, node, why))
+        else:
+            nodes.append(node)
+    channels = observe(program, nodes)
+    together: dict[Any, list[Layer]] = {}
+    for node in nodes:
+        together.setdefault((node.args[0], node.target), []).append(Layer.of(program, node))
+    images = any(node.target is CONVOLUTION_LAST for node in nodes)
+    sites: list[Site] = []
+    for group in together.values():
+        seen = channels[group[0].node]
+        if not seen.rows:
+            result.notes.append(Note.at(name, group[0].node, "calibration never reached it: it stays fp32"))
+        pinned = [form for n, form in pins if form != FP32 and covers(n, Site(tuple(group), (), {}).name)]
+        names = dict.fromkeys((*_menu(group[0], seen, menu), *pinned)) if seen.rows else ()
+        treatments = tuple(Treatment.parse(n) for n in names)
+        weights = torch.cat([layer.by_channel() for layer in group])
+        operands = {
+            t: Operand.of(seen, weights, t.format, t.outliers, equalise=not images) for t in treatments if t.format
+        }
+        sites.append(Site(tuple(group), treatments, operands))
+    return sites, [channels[site.layers[0].node] for site in sites]
+
+
+def _menu(layer: Layer, seen: Channels, menu: Sequence[str]) -> Sequence[str]:
+    """Formats that are tried for a layer."""
+    if layer.node.target is CONVOLUTION_LAST:
+        return CONVOLUTIONS
+    if menu:
+        return menu
+    return (*MENU, *(WITH_OUTLIERS if float(seen.against_median().max()) >= NOTABLE else ()))

@@ -1,0 +1,303 @@
+"""quantize-mixed: scores against what is measured, budgets, pins, reasons, and what cannot be kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import planish
+from planish.assignment import covers
+from planish.capture import capture
+from planish.errors import BudgetError, CalibrationError, UnknownNameError
+from planish.passes import Canonicalize
+from planish.passes.precision import QuantizeMixed
+from planish.passes.precision.loss import Loss
+from planish.passes.precision.sensitivity import measure, measure_each, probe, refine, split
+from planish.passes.precision.sites import find_sites
+from planish.passes.precision.treatment import Treatment
+from planish.pipeline import Result, run_pipeline
+from planish.program import Dim, Program
+from planish.targets import TARGETS
+
+WIDTH = 64
+
+
+class Layer(nn.Module):
+    """Layers that read one value, attention-like, and a feed-forward part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x: Any) -> Tensor:
+        """Of [batch, seq, WIDTH]."""
+        scores = (self.query(x) @ self.key(x).transpose(1, 2) / WIDTH**0.5).softmax(-1)
+        x = self.norm(x + scores @ x)
+        return x + self.down(nn.functional.gelu(self.up(x)))
+
+
+class Model(nn.Module):
+    """Two blocks and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(WIDTH, 40)
+
+    def forward(self, x: Any) -> Tensor:
+        """Logits [batch, seq, 40]."""
+        for layer in self.layer:
+            x = layer(x)
+        return self.head(x)
+
+
+def model() -> Model:
+    """Seeded, its layers of unlike importance."""
+    torch.manual_seed(0)
+    made = Model().eval().requires_grad_(False)
+    made.layer[1].down.weight.mul_(4)
+    return made
+
+
+def data(seed: int, rows: int = 2) -> Tensor:
+    """Seeded normal numbers [rows, 12, WIDTH]."""
+    return torch.randn(rows, 12, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+CALIBRATION = [(data(i),) for i in range(8)]
+DYNAMIC = {"x": {0: Dim("batch", 1, 8)}}
+
+
+def compiled(**options: Any) -> Any:
+    """The model with a budget or pins."""
+    options.setdefault("calibration", CALIBRATION)
+    options.setdefault("target", "reference")
+    return planish.compile(model(), (data(0),), dynamic=DYNAMIC, **options)
+
+
+def prepared() -> Program:
+    """The captured program with its calibration."""
+    program, _ = capture(model(), (data(0),), DYNAMIC)
+    program, _ = run_pipeline(program, [Canonicalize()], TARGETS["cpu-avx2"])
+    program.calibration = tuple(CALIBRATION)
+    return program
+
+
+def test_scores_foretell_what_is_measured() -> None:
+    program = prepared()
+    sites, _ = find_sites(program, "test", Result(), ("w8a8", "w5a8-g32", "w4-g32", "w3a8-g32"))
+    assert [site.name for site in sites][:3] == ["layer.0.query|key", "layer.0.up", "layer.0.down"]
+    loss, samples = Loss.of(program), split(program)
+    assert loss.kinds == ("kl",)
+    assert len(samples) == 16
+    scores = probe(program, sites, loss, samples)
+    found = measure_each(program, sites, loss, samples, list(scores.sums))
+    for key, value in found.items():
+        assert scores.loss(*key) == pytest.approx(value, rel=0.35), key
+        assert scores.sigma(*key) < scores.loss(*key)
+    refined = refine(scores, program, sites, loss, samples)
+    heads = [key for key in refined.measured if sites[key[0]].name == "head"]
+    assert len(heads) == 4
+    ratios = [refined.loss(*key) / found[key] for key in refined.measured]
+    assert max(ratios) / min(ratios) < 1.5
+
+
+def test_a_site_treated_alone_and_measured_together_agree() -> None:
+    program = prepared()
+    sites, _ = find_sites(program, "test", Result(), ("w3a8-g32",))
+    loss, samples = Loss.of(program), split(program)[:4]
+    three = Treatment.parse("w3a8-g32")
+    alone = measure_each(program, sites, loss, samples, [(0, three)])[0, three]
+    assert measure(program, {0: three}, sites, loss, samples) == pytest.approx(alone, rel=1e-3)
+    assert measure(program, {0: Treatment()}, sites, loss, samples) == 0
+
+
+def test_what_is_simulated_is_what_runs() -> None:
+    """The measured loss of an assignment is that of the compiled model."""
+    program = prepared()
+    call = compiled(budget=planish.Budget(bits=4.5), target="cpu-avx2")
+    loss, total = Loss.of(program), 0.0
+    samples = split(program)[:12]
+    for sample in samples:
+        total += loss.measure(program.run(*sample), [call(*sample)]) / len(samples)
+    assert call.assignment.measured_loss == pytest.approx(total, rel=0.05)
+    assert call.assignment.predicted_loss == pytest.approx(total, rel=0.35)
+
+
+def test_budgets_are_kept_and_the_loss_falls_with_them() -> None:
+    found = {bits: compiled(budget=planish.Budget(bits=bits)).assignment for bits in (3.0, 4.5, 8.5)}
+    assert all(assignment.bits <= bits for bits, assignment in found.items())
+    losses = [assignment.measured_loss for assignment in found.values()]
+    assert losses == sorted(losses, reverse=True)
+    front = [point.loss for point in found[4.5].front]
+    assert front == sorted(front, reverse=True)
+    assert len(front) > 5
+    by_loss = compiled(budget=planish.Budget(loss=2 * found[4.5].predicted_loss)).assignment
+    assert by_loss.predicted_loss <= 2 * found[4.5].predicted_loss
+    assert by_loss.bytes < found[4.5].bytes
+
+
+def test_times_of_the_cost_table_can_be_limited() -> None:
+    slow = compiled(budget=planish.Budget(bits=8.5), target="cpu-avx2").assignment
+    fast = compiled(budget=planish.Budget(ms=0.9 * slow.ms), target="cpu-avx2").assignment
+    assert fast.ms <= 0.9 * slow.ms
+    assert fast.predicted_loss > slow.predicted_loss
+    with pytest.raises(BudgetError, match="the least is"):
+        compiled(budget=planish.Budget(ms_one_row=1e-9), target="cpu-avx2")
+
+
+def test_pins() -> None:
+    assignment = compiled(budget=planish.Budget(bits=4.5), pin={"head": "w8a8", "layer.1": "w5a8-g128"}).assignment
+    assert assignment.pins["head"] == "w8a8"
+    assert {form for name, form in assignment.pins.items() if name.startswith("layer.1")} == {"w5a8-g128"}
+    alone = compiled(pin={"layer.0.down": "w4a8-g32"}).assignment
+    assert [name for name, form in alone.pins.items() if form != "fp"] == ["layer.0.down"]
+    again = compiled(pin=assignment.pins)
+    assert again.assignment.pins == assignment.pins
+    with pytest.raises(UnknownNameError, match=r"no layer 'layer\.7' to pin"):
+        compiled(pin={"layer.7": "w8a8"})
+    with pytest.raises(UnknownNameError, match="no format 'int8'"):
+        compiled(pin={"head": "int8"})
+    with pytest.raises(BudgetError, match="same format"):
+        compiled(pin={"layer.0.query": "w8a8", "layer.0.key": "w4a8-g32"})
+
+
+def test_a_dump_replays_the_assignment(tmp_path: Path) -> None:
+    first = compiled(budget=planish.Budget(bits=4.5), dump=tmp_path / "a")
+    read = planish.Assignment.load(tmp_path / "a" / "precision.json")
+    assert read == first.assignment
+    second = compiled(pin=read.pins, dump=tmp_path / "b")
+    x = data(99)
+    assert torch.equal(first(x), second(x))
+    compiled(budget=planish.Budget(bits=4.5), dump=tmp_path / "c")
+    assert (tmp_path / "a" / "precision.json").read_bytes() == (tmp_path / "c" / "precision.json").read_bytes()
+    with pytest.raises(BudgetError, match="no assignment can be read"):
+        planish.Assignment.load(tmp_path / "a" / "pipeline.json")
+
+
+def test_reasons() -> None:
+    call = compiled(budget=planish.Budget(bits=4.5))
+    text = call.explain("layer.1")
+    assert len(text.splitlines()) == 3
+    assert "loss" in text
+    assert "bytes" in text
+    assert "layer.0.query|key" in call.explain("layer.0.key")
+    report = call.report()
+    assert "of the proved bound" in report
+    assert "1 % more takes" in report
+    assert "predicted" in report
+    assert "measured" in report
+    with pytest.raises(UnknownNameError, match="no layer 'encoder'"):
+        call.explain("encoder")
+    plain = planish.compile(model(), (data(0),))
+    with pytest.raises(UnknownNameError, match="not chosen layer by layer"):
+        plain.explain("head")
+
+
+def test_what_cannot_be_kept() -> None:
+    with pytest.raises(BudgetError, match="the least is"):
+        compiled(budget=planish.Budget(bits=1.5))
+    with pytest.raises(BudgetError, match="is empty"):
+        planish.Budget()
+    with pytest.raises(BudgetError, match="over 0"):
+        planish.Budget(bits=-4)
+    with pytest.raises(BudgetError, match="both limit the size"):
+        planish.Budget(bits=4, bytes=1000)
+    with pytest.raises(CalibrationError, match="without calibration"):
+        compiled(budget=planish.Budget(bits=4), calibration=None)
+    with pytest.raises(BudgetError, match=r"no pass of passes=\[...\] uses them"):
+        compiled(budget=planish.Budget(bits=4), passes=["canonicalize"])
+    with pytest.raises(BudgetError, match="ms"):
+        planish.compile(
+            model(), (data(0),), target="reference", calibration=CALIBRATION[:1], budget=planish.Budget(ms=1.0)
+        )
+
+
+def test_a_deadline_keeps_what_was_probed() -> None:
+    passes = ["canonicalize", QuantizeMixed(planish.Budget(bits=4.5), deadline=1e-3)]
+    call = planish.compile(
+        model(), (data(0),), target="reference", dynamic=DYNAMIC, passes=passes, calibration=CALIBRATION
+    )
+    assert "scores from 1 of 16 inputs: the deadline of 0.001 s ended it" in call.report()
+    assert call.assignment.bits <= 4.5
+
+
+def test_outlier_channels_are_offered_where_there_are_some() -> None:
+    spiky = model()
+    spiky.layer[0].norm.weight[5] = 300.0
+    call = planish.compile(spiky, (data(0),), target="reference", calibration=CALIBRATION, pin={"layer.0.up": "w8a8+8"})
+    assert call.assignment.pins["layer.0.up"] == "w8a8+8"
+    assert any(
+        "channel 5 of its input" in note.text and "8 channels stay fp32" in note.text
+        for s in call.steps
+        for note in s.notes
+    )
+
+
+def test_the_loss_of_hidden_states_is_the_cosine() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Layer()
+
+        def forward(self, x: Any) -> Tensor:
+            return self.inner.norm(self.inner(x))
+
+    torch.manual_seed(0)
+    program, _ = capture(Hidden().eval(), (data(0),), None)
+    assert Loss.of(program).kinds == ("cosine",)
+    assert Loss.of(program, "kl").kinds == ("kl",)
+    with pytest.raises(UnknownNameError, match="no loss 'mse'"):
+        Loss.of(program, "mse")
+
+
+@pytest.mark.parametrize("kind", ["kl", "cosine"])
+def test_probes_have_the_curvature_of_the_loss(kind: str) -> None:
+    torch.manual_seed(0)
+    y = torch.randn(6, 20)
+    change = 1e-3 * torch.randn(6, 20)
+    loss, generator = Loss((kind,)), torch.Generator().manual_seed(0)
+    want = loss.measure([y.double()], [(y + change).double()])
+    squares = []
+    for _ in range(4000):
+        (r,) = loss.probe([y], generator)
+        assert r is not None
+        squares.append(float((r * change).sum()) ** 2 / 2)
+    assert sum(squares) / len(squares) == pytest.approx(want, rel=0.1)
+
+
+def test_rows_of_zeros_do_not_count() -> None:
+    loss = Loss(("cosine", None))
+    y, ids = torch.randn(4, 8), torch.arange(4)
+    y[2:] = 0
+    assert loss.measure([y, ids], [y, ids]) == pytest.approx(0, abs=1e-12)
+    r, none = loss.probe([y, ids], torch.Generator().manual_seed(0))
+    assert r is not None
+    assert none is None
+    assert not r[2:].any()
+    assert r[:2].any()
+
+
+def test_names_cover_whole_parts() -> None:
+    assert covers("encoder.layer.1", "encoder.layer.1.query|key")
+    assert not covers("encoder.layer.1", "encoder.layer.10.query|key")
+    assert covers("a.key", "a.query|key")
+    assert covers("a.query|key", "a.query|key")
+    assert covers("b.gate", "a.up|b.gate")
+    assert not covers("b", "a.up")
+
+
+def test_convolutions_are_sites() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(32, 48, 1), nn.ReLU(), nn.Conv2d(48, 48, 3, 2, 1), nn.ReLU(), nn.Conv2d(48, 40, 1))
+    images = [(torch.randn(2, 32, 12, 12),) for _ in range(4)]
+    call = planish.compile(net.eval(), images[0], target="cpu-avx2", calibration=images, budget=planish.Budget(bits=9))
+    assert set(call.assignment.pins.values()) <= {"w8a8-static", "w8a8", "w6a8-g32", "fp"}
+    x = images[0][0]
+    assert ((call(x) - net(x)).norm() / net(x).norm()) < 0.03
