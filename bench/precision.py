@@ -127,12 +127,12 @@ def _case(loaded: LoadedModel, seed: int) -> Case:
     before = resolve(passes[: [getattr(p, "name", p) in QUANTISERS for p in passes].index(True)])
     program, _ = run_pipeline(program, before, Target.host())
     names = [spec.name for spec in program.inputs]
-    program.calibration, held_out = (tuple(_flat(names, part)) for part in parts)
+    program.calibration, others = (tuple(_flat(names, part)) for part in parts)
     sites, _ = find_sites(program, QuantizeMixed.name, Result(), WEIGHTS)
-    return Case(program, sites, Loss.of(program), split(program), held_out)
+    return Case(program, sites, Loss.of(program), split(program), [Sample(tensors) for tensors in others])
 
 
-def _flat(names: Sequence[str], batches: Sequence[Batch]) -> list[Sample]:
+def _flat(names: Sequence[str], batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
     return [tuple(batch[name] for name in names) for batch in batches]
 
 

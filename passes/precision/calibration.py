@@ -30,7 +30,7 @@ class Channels:
         rows: how many.
         parts: of each batch some rows, at most SAMPLE.
         halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
-        moment: sum of ``x x'`` over all rows, [K, K], of linear layers.
+        moments: sums of ``x x'`` over every other batch, and over those between, [2, K, K]; linear layers only.
     """
 
     largest: Tensor
@@ -39,7 +39,7 @@ class Channels:
     rows: int = 0
     parts: list[Tensor] = field(default_factory=list[Tensor])
     halves: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
-    moment: Tensor | None = None
+    moments: Tensor | None = None
 
     @property
     def sample(self) -> Tensor:
@@ -66,8 +66,8 @@ class Channels:
         if len(rest):
             self.later = torch.maximum(self.later, rest.abs().amax(0))
         self.total += x.double().sum(0)
-        if self.moment is not None:
-            self.moment.addmm_(x.T, x)
+        if self.moments is not None:
+            self.moments[half].addmm_(x.T, x)
         self.rows += len(x)
         self.parts.append(x[:: -(-len(x) // SAMPLE)].clone())
 
@@ -86,8 +86,8 @@ def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channe
         depth = int(x.meta["val"].shape[-1])
         if x not in found:
             found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
-        if layer.target is LINEAR and found[x].moment is None:
-            found[x].moment = torch.zeros(depth, depth)
+        if layer.target is LINEAR and found[x].moments is None:
+            found[x].moments = torch.zeros(2, depth, depth)
     state = program.example[program.arguments :]
     console = Console(stderr=True)
     for number, inputs in enumerate(

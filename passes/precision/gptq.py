@@ -7,8 +7,8 @@ from torch import Tensor
 
 from planish.formats import Quantized, spread
 
-DAMPING = 0.01
-"""Part of the mean of the diagonal that is added to it (Frantar et al. 2022)."""
+DAMPING = 0.03
+"""Part of the mean of the diagonal that is added to it: least loss on other data of MiniLM, of 0.003 to 0.3."""
 
 BLOCK = 128
 """Columns whose errors are passed on to the columns after them together."""

@@ -20,6 +20,7 @@ from planish.pipeline import Note, Refusal, Result
 from planish.program import Program, add_constant, constant
 
 EXACT_BITS = 8
+"""Of codes that have next to no errors."""
 
 NOTABLE = 20.0
 """A channel this many times as large as the median channel is an outlier that is reported (LLM.int8)."""
@@ -163,10 +164,19 @@ class Rewriter:
         self.result.rewrites[f"embedding as {form.name}"] += 1
 
 
-def held_weight(layer: Layer, form: Format, operand: Operand | None, *, per_tensor: bool = False) -> Quantized:
+def held_weight(
+    layer: Layer, form: Format, operand: Operand | None, *, per_tensor: bool = False, without: int | None = None
+) -> Quantized:
     """The codes of a layer's weight: of what its evened-out input is multiplied by, 0 at outliers.
 
-    With calibration, those of a linear layer make up for each other's errors; those of 8 bits have next to none.
+    With calibration, those of a linear layer make up for each other's errors, unless they have 8 bits.
+
+    Args:
+        layer: with the weight.
+        form: of weight and input.
+        operand: what calibration says of the layer's input.
+        per_tensor: one scale for all of the weight.
+        without: half of the calibration batches that the codes are not to know; see ``Operand.moment``.
     """
     weight = layer.weight
     if operand is not None and operand.equaliser is not None:
@@ -174,9 +184,15 @@ def held_weight(layer: Layer, form: Format, operand: Operand | None, *, per_tens
     if operand is not None and operand.outliers is not None:
         weight = weight.index_fill(1, operand.outliers, 0.0)
     held = quantise(weight, form.weight, one_scale=per_tensor)
-    if operand is None or operand.moment is None or form.weight.bits == EXACT_BITS or layer.node.target is not LINEAR:
+    if operand is None or not knows_inputs(layer, form):
         return held
-    return replace(held, codes=gptq(weight, held, operand.moment))
+    moment = operand.moment(without)
+    return held if moment is None else replace(held, codes=gptq(weight, held, moment))
+
+
+def knows_inputs(layer: Layer, form: Format) -> bool:
+    """Whether the codes of a layer's weight depend on its inputs in calibration."""
+    return form.weight.bits < EXACT_BITS and layer.node.target is LINEAR
 
 
 def rounded_weight(layer: Layer, held: Quantized, operand: Operand | None) -> Tensor:

@@ -26,7 +26,7 @@ from planish.ops import reference
 from planish.passes.precision.layer import Layer
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.operand import Operand
-from planish.passes.precision.rewrite import held_weight, rounded_weight
+from planish.passes.precision.rewrite import held_weight, knows_inputs, rounded_weight
 from planish.passes.precision.sites import Site
 from planish.passes.precision.treatment import Treatment
 from planish.program import Program
@@ -43,7 +43,19 @@ FEW_BITS = 3
 MEASURED_SAMPLES = 12
 """Inputs that direct measurements use."""
 
-Sample = tuple[Tensor, ...]
+
+@dataclass(frozen=True)
+class Sample:
+    """An input.
+
+    Attributes:
+        tensors: with the state.
+        half: of the calibration batches that it is from, 0 or 1: weights whose codes know the calibration data are
+            judged by codes that know the other half only, or the loss would seem less than it is; None for other data.
+    """
+
+    tensors: tuple[Tensor, ...]
+    half: int | None = None
 
 
 @dataclass(frozen=True)
@@ -83,10 +95,12 @@ def split(program: Program) -> list[Sample]:
     first = {spec.shape[0] if spec.shape else None for spec in specs}
     state = program.example[program.arguments :]
     (axis,) = first if len(first) == 1 else (None,)
-    if axis is None or str(axis) not in program.dims or program.dims[str(axis)].min > 1:
-        return [(*batch, *state) for batch in program.calibration]
-    rows = [tuple(t[i : i + 1] for t in batch) for batch in program.calibration for i in range(len(batch[0]))]
-    return [(*row, *state) for row in rows]
+    alone = str(axis) in program.dims and program.dims[str(axis)].min == 1
+    return [
+        Sample((*row, *state), number % 2)
+        for number, batch in enumerate(program.calibration)
+        for row in (zip(*(t.split(1) for t in batch), strict=True) if alone else [batch])
+    ]
 
 
 Contraction = Callable[[Tensor, Tensor], Tensor]
@@ -177,14 +191,7 @@ class _Simulated:
 
     def __init__(self, layer: Layer, site: Site) -> None:
         self.layer, self.site = layer, site
-        self.lost: dict[Treatment, Tensor] = {}
-        self._errors: dict[Treatment, Tensor] = {}
-        for treatment in site.treatments:
-            assert treatment.format is not None
-            operand = site.operands[treatment]
-            error = rounded_weight(layer, held_weight(layer, treatment.format, operand), operand) - layer.weight
-            self.lost[treatment] = layer.of_mean(error, operand.channels.mean)  # the corrected bias takes it off
-            self._errors[treatment] = error.bfloat16()  # an error need not be known better than to 0.4 %
+        self._errors: dict[tuple[Treatment, int | None], tuple[Tensor, Tensor]] = {}
 
     def inputs(self, x: Tensor, treatments: Sequence[Treatment]) -> dict[Treatment, Tensor]:
         """The layer's input as treatments see it; equal ones are one tensor."""
@@ -200,9 +207,23 @@ class _Simulated:
             result[treatment] = found[key]
         return result
 
-    def error(self, treatment: Treatment) -> Tensor:
-        """How far the treatment's weight is off, fp32 [N, K]."""
-        return self._errors[treatment].float()
+    def error(self, treatment: Treatment, half: int | None) -> tuple[Tensor, Tensor]:
+        """How far a treatment's weight is off, fp32 [N, K], and what that makes of the mean input, [N].
+
+        Args:
+            treatment: of the site.
+            half: of the calibration data that the weight's codes do not know.
+        """
+        assert treatment.format is not None
+        key = (treatment, half if knows_inputs(self.layer, treatment.format) else None)
+        if key not in self._errors:
+            operand = self.site.operands[treatment]
+            held = held_weight(self.layer, treatment.format, operand, without=key[1])
+            error = rounded_weight(self.layer, held, operand) - self.layer.weight
+            lost = self.layer.of_mean(error, operand.channels.mean)
+            self._errors[key] = (error.bfloat16(), lost)  # an error need not be known better than to 0.4 %
+        error, lost = self._errors[key]
+        return error.float(), lost
 
     def apply(self, x: Tensor, weight: Tensor, rest: tuple[Any, ...]) -> Tensor:
         """The layer's op with another weight [N, K] and no bias; ``rest`` are the op's further arguments."""
@@ -264,7 +285,7 @@ def _probe(
     nodes = [one.layer.node for group in simulated for one in group]
     recorder = _Recorder(program.module, frozenset(nodes))
     with torch.enable_grad():
-        outputs = recorder.run(*(t.clone() if t.is_inference() else t for t in sample))
+        outputs = recorder.run(*(t.clone() if t.is_inference() else t for t in sample.tensors))
         values = [recorder.seen[node][1] for node in nodes]
         gradients: list[Sequence[Tensor | None]] = []
         for number in range(PROBES):
@@ -277,20 +298,21 @@ def _probe(
         for one in group:
             args, y = recorder.seen[one.layer.node]
             g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node[one.layer.node]]).flatten(1)
-            for treatment, change in _changes(one, args, one.site.treatments):
+            for treatment, change in _changes(one, args, one.site.treatments, sample.half):
                 part = contract(g, change.reshape(-1)).double()
                 sums[treatment] = sums[treatment] + part if treatment in sums else part
         yield from (((index, treatment), part) for treatment, part in sums.items())
 
 
 def _changes(
-    one: _Simulated, args: tuple[Any, ...], treatments: Sequence[Treatment]
+    one: _Simulated, args: tuple[Any, ...], treatments: Sequence[Treatment], half: int | None
 ) -> Iterator[tuple[Treatment, Tensor]]:
     """How treatments change the layer's output: ``(xq - x) W' + xq dW' - E[x] dW'``."""
     x, rest = args[0], args[3:]
     of_input: dict[int, Tensor] = {}
     for treatment, rounded in one.inputs(x, treatments).items():
-        change = one.apply(rounded, one.error(treatment), rest) - one.lost[treatment]
+        error, lost = one.error(treatment, half)
+        change = one.apply(rounded, error, rest) - lost  # the corrected bias takes it off
         if rounded is not x:
             if id(rounded) not in of_input:
                 of_input[id(rounded)] = one.apply(rounded - x, one.layer.weight, rest)
@@ -301,9 +323,11 @@ def _changes(
 class _Treated(fx.Interpreter):
     """Runs the graph with some layers as treated."""
 
-    def __init__(self, module: fx.GraphModule, layers: Mapping[fx.Node, tuple[_Simulated, Treatment]]) -> None:
-        super().__init__(module, garbage_collect_values=not layers)
-        self._layers = layers
+    def __init__(
+        self, module: fx.GraphModule, layers: Mapping[fx.Node, tuple[_Simulated, Treatment]], half: int | None
+    ) -> None:
+        super().__init__(module)
+        self._layers, self._half = layers, half
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
@@ -311,7 +335,7 @@ class _Treated(fx.Interpreter):
             return result
         one, treatment = self._layers[n]
         args, _ = self.fetch_args_kwargs_from_env(n)
-        ((_, change),) = _changes(one, args, (treatment,))
+        ((_, change),) = _changes(one, args, (treatment,), self._half)
         return result + change
 
 
@@ -329,15 +353,16 @@ def measure_each(
     for sample in _progress(samples, "measuring layers"):
         with torch.no_grad():
             exact = fx.Interpreter(program.module, garbage_collect_values=False)
-            want = exact.run(*sample)
+            want = exact.run(*sample.tensors)
             for index, group in enumerate(simulated):
                 mine = [treatment for site, treatment in keys if site == index]
                 if time.perf_counter() - start > deadline:
                     return {}
                 known = _before([one.layer.node for one in group], exact.env) if mine else {}
                 for treatment in mine:
-                    run = _Treated(program.module, {one.layer.node: (one, treatment) for one in group})
-                    got = run.run(*sample, initial_env=dict(known))
+                    layers = {one.layer.node: (one, treatment) for one in group}
+                    run = _Treated(program.module, layers, sample.half)
+                    got = run.run(*sample.tensors, initial_env=dict(known))
                     totals[index, treatment] += loss.measure(want, got) / len(samples)
     return totals
 
@@ -364,8 +389,9 @@ def measure(
     total = 0.0
     with torch.no_grad():
         for sample in samples:
-            want = program.module(*sample)
-            total += loss.measure(want, _Treated(program.module, layers).run(*sample)) / len(samples)
+            want = program.module(*sample.tensors)
+            got = _Treated(program.module, layers, sample.half).run(*sample.tensors)
+            total += loss.measure(want, got) / len(samples)
     return total
 
 
