@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from planish.budget import Budget
 from planish.models.base import LoadedModel
 from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
@@ -21,6 +22,12 @@ INTEGER: dict[str, dict[str, Any]] = {
     "planish-w6a8": {"target": "cpu-int8", "passes": default_pipeline(W6)},
 }
 """Builds on integer codes, without calibration, and how they are compiled."""
+
+MIXED = "planish-mixed"
+MIXED_BUDGET = Budget(bits=5.5)
+"""Formats chosen layer by layer, on documents after those that are timed."""
+
+TIMED_DOCUMENTS, CALIBRATION_DOCUMENTS, ROWS = 64, 48, 16
 
 STATIC = "w8a8-static"
 
@@ -44,9 +51,12 @@ def compile_padded(compile_model: Callable[..., Any], loaded: LoadedModel) -> An
 
 
 def compile_integer(compile_model: Callable[..., Any], loaded: LoadedModel) -> dict[str, Any]:
-    """The model in each of ``INTEGER``'s builds."""
+    """The model in each of ``INTEGER``'s builds, and in formats chosen layer by layer."""
     inputs, dynamic = loaded.inputs, loaded.dynamic
-    return {name: compile_model(loaded.model, inputs, dynamic=dynamic, **how) for name, how in INTEGER.items()}
+    found = {name: compile_model(loaded.model, inputs, dynamic=dynamic, **how) for name, how in INTEGER.items()}
+    documents = loaded.data.batches(TIMED_DOCUMENTS + CALIBRATION_DOCUMENTS, ROWS)
+    how = {"budget": MIXED_BUDGET, "calibration": documents[TIMED_DOCUMENTS // ROWS :]}
+    return {**found, MIXED: compile_model(loaded.model, inputs, dynamic=dynamic, **how)}
 
 
 def compile_images(compile_model: Callable[..., Any], loaded: LoadedModel) -> dict[str, Any]:

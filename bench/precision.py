@@ -41,6 +41,8 @@ from planish.targets import Target
 WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w2-g32")
 """Formats of weights alone: activations stay fp32, so that what is compared are the scores of weights."""
 
+COMPENSATED = "Gauss-Newton, GPTQ"
+
 UNIFORM = ("w3-g32", "w4-g128", "w4-g32", "w5-g32")
 
 BITS = (3.0, 4.0, 4.5)
@@ -113,12 +115,16 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         ]
         log(f"minilm, seed {seed}: assignments on other documents")
         rows += _assignments(case, found, seed)
+        log(f"minilm, seed {seed}: the same with codes by GPTQ")
+        case = _case(loaded, seed, compensate=True)
+        scores = probe(case.program, case.sites, case.loss, case.samples, seed=seed)
+        rows += _assignments(case, [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)], seed)
     extra = {"scorers": scorers, "assignments": rows, "formats": list(WEIGHTS)}
     return BenchResult("precision", options.threads, {}, [], [], [], extra)
 
 
-def _case(loaded: LoadedModel, seed: int) -> Case:
-    """MiniLM's sites, and two sets of documents drawn by the seed."""
+def _case(loaded: LoadedModel, seed: int, *, compensate: bool = False) -> Case:
+    """MiniLM's sites, and two sets of documents drawn by the seed; codes are plainly rounded unless ``compensate``."""
     documents = loaded.data.batches(300, 1, MAX_LEN)
     random.Random(seed).shuffle(documents)
     parts = documents[:DOCUMENTS], documents[DOCUMENTS : 2 * DOCUMENTS]
@@ -129,6 +135,10 @@ def _case(loaded: LoadedModel, seed: int) -> Case:
     names = [spec.name for spec in program.inputs]
     program.calibration, others = (tuple(_flat(names, part)) for part in parts)
     sites, _ = find_sites(program, QuantizeMixed.name, Result(), WEIGHTS)
+    if not compensate:
+        for site in sites:
+            for operand in site.operands.values():
+                operand.channels.moments = None
     return Case(program, sites, Loss.of(program), split(program), [Sample(tensors) for tensors in others])
 
 
@@ -204,6 +214,7 @@ def _agreement(scorer: Scorer, direct: Scorer) -> dict[str, Any]:
 
 def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[str, Any]]:
     """For each scorer and size the assignment's loss on the other documents; and that of one format for all."""
+    suffix = ", GPTQ" if scorers[0].name == COMPENSATED else ""
     weights = sum(layer.weight.numel() for site in case.sites for layer in site.layers)
     rows: list[dict[str, Any]] = []
     for form in UNIFORM:
@@ -212,7 +223,7 @@ def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[
         loss = measure(
             case.program, dict.fromkeys(range(len(case.sites)), treatment), case.sites, case.loss, case.held_out
         )
-        rows.append({"seed": seed, "scorer": f"uniform {form}", "bits": 8 * nbytes / weights, "held_out": loss})
+        rows.append({"seed": seed, "scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
     for scorer in scorers:
         blocks = _blocks(case, scorer)
         for bits in BITS:

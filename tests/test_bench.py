@@ -275,7 +275,7 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     assert (read["bench"], read["threads"]) == ("encoder", torch.get_num_threads())
     assert {"fma_gflops": 100.0, "read_gbs": 20.0}.items() <= read["limits"].items()
     exact = ["eager", "planish-fp32-padded", "planish-fp32-packed"]
-    integer = ["planish-int8", "planish-int4", "planish-w6a8"]
+    integer = ["planish-int8", "planish-int4", "planish-w6a8", "planish-mixed"]
     assert [row["name"] for row in read["rows"]] == ["eager", TORCH_INT8, *exact[1:], *integer]
     for row in read["rows"]:
         assert {"ms_median", "ms_min", "ratio_to_eager", "ratio_ci95", "quality"} <= set(row)

@@ -124,7 +124,7 @@ def test_the_default_pipeline_is_in_order() -> None:
     passes = planish.passes.resolve(None, target=TARGETS["cpu-int8"])
     check_order(passes)
     check_order(planish.passes.resolve(None))
-    assert [p.name for p in passes] == list(planish.passes.REGISTRY)
+    assert [p.name for p in passes] == [name for name in planish.passes.REGISTRY if name != "quantize-mixed"]
     assert all(p.doc for p in passes)
 
 
