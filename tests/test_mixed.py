@@ -17,6 +17,7 @@ from planish.capture import capture
 from planish.errors import BudgetError, CalibrationError, UnknownNameError
 from planish.passes import Canonicalize
 from planish.passes.precision import QuantizeMixed
+from planish.passes.precision.calibration import Channels
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.sensitivity import Sample, measure, measure_each, probe, refine, split
 from planish.passes.precision.sites import find_sites
@@ -170,6 +171,8 @@ def test_pins() -> None:
         compiled(pin={"layer.7": "w8a8"})
     with pytest.raises(UnknownNameError, match="no format 'int8'"):
         compiled(pin={"head": "int8"})
+    with pytest.raises(UnknownNameError, match="has no kernel"):
+        compiled(pin={"head": "w4-g32"})
     with pytest.raises(BudgetError, match="same format"):
         compiled(pin={"layer.0.query": "w8a8", "layer.0.key": "w4a8-g32"})
 
@@ -225,6 +228,14 @@ def test_what_cannot_be_kept() -> None:
         )
 
 
+def test_models_without_layers_and_layers_without_rows() -> None:
+    with pytest.raises(BudgetError, match="no layer can be on codes"):
+        planish.compile(nn.GELU().eval(), (data(0),), calibration=CALIBRATION, budget=planish.Budget(bits=4))
+    seen = Channels(torch.zeros(3), torch.zeros(3), torch.zeros(3, dtype=torch.float64))
+    seen.add(torch.zeros(0, 3), None)
+    assert seen.rows == 0
+
+
 def test_a_deadline_keeps_what_was_probed() -> None:
     passes = ["canonicalize", QuantizeMixed(planish.Budget(bits=4.5), deadline=1e-3)]
     call = planish.compile(
@@ -263,7 +274,7 @@ def test_the_loss_of_hidden_states_is_the_cosine() -> None:
         Loss.of(program, "mse")
 
 
-@pytest.mark.parametrize("kind", ["kl", "cosine"])
+@pytest.mark.parametrize("kind", ["kl", "cosine", "square"])
 def test_probes_have_the_curvature_of_the_loss(kind: str) -> None:
     torch.manual_seed(0)
     y = torch.randn(6, 20)
@@ -290,6 +301,19 @@ def test_rows_of_zeros_do_not_count() -> None:
     assert r[:2].any()
 
 
+def test_single_numbers_are_compared_by_their_squares() -> None:
+    program, _ = capture(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 1)).eval(), (data(0),), None)
+    assert Loss.of(program).kinds == ("square",)
+
+    class Label(nn.Module):
+        def forward(self, x: Any) -> Tensor:
+            return x.argmax(-1)
+
+    program, _ = capture(Label().eval(), (data(0),), None)
+    with pytest.raises(CalibrationError, match="no numbers that could be compared"):
+        Loss.of(program)
+
+
 def test_names_cover_whole_parts() -> None:
     assert covers("encoder.layer.1", "encoder.layer.1.query|key")
     assert not covers("encoder.layer.1", "encoder.layer.10.query|key")
@@ -305,5 +329,7 @@ def test_convolutions_are_sites() -> None:
     images = [(torch.randn(2, 32, 12, 12),) for _ in range(4)]
     call = planish.compile(net.eval(), images[0], target="cpu-avx2", calibration=images, budget=planish.Budget(bits=9))
     assert set(call.assignment.pins.values()) <= {"w8a8-static", "w8a8", "w6a8-g32", "fp"}
+    with pytest.raises(UnknownNameError, match="cannot be pinned to 'w4a8-g32'"):
+        planish.compile(net, images[0], target="cpu-avx2", calibration=images, pin={"2": "w4a8-g32"})
     x = images[0][0]
     assert ((call(x) - net(x)).norm() / net(x).norm()) < 0.03

@@ -57,7 +57,9 @@ class Channels:
         return self.largest / self.largest.median().clamp_min(torch.finfo(torch.float32).tiny)
 
     def add(self, x: Tensor, first: Tensor | None) -> None:
-        """Take in a batch [rows, K]; ``first`` marks the rows that are first tokens, bool [rows]."""
+        """Take in a batch [rows, K], maybe of none; ``first`` marks the rows that are first tokens, bool [rows]."""
+        if not len(x):
+            return
         largest, half = x.abs().amax(0), len(self.parts) % 2
         self.largest = torch.maximum(self.largest, largest)
         self.halves = self.halves.expand(2, len(largest)).clone()

@@ -36,6 +36,8 @@ def allowed_treatments(sites: Sequence[Site], pins: Sequence[tuple[str, str]]) -
         if not covered:
             names = ", ".join(site.name for site in sites)
             raise UnknownNameError(f"no layer {name!r} to pin", fix=f"use one of: {names}, or the beginning of some")
+        if treatment.format is not None and treatment.format.activation == "fp":
+            raise UnknownNameError(f"{form!r} has no kernel", fix=f"pin {name!r} to a format with a8, or to fp")
         for i in covered:
             if i in by and by[i][1] != form:
                 raise BudgetError(
@@ -85,7 +87,9 @@ def choose(
             why="the target's cost table has no times of some of the formats",
             fix="use a CPU target and formats of `planish doctor --tune`, or limit bits or bytes",
         )
-    blocks = blocks_of(sites, by_site, scores, (LOSS, BYTES, *(n for n in (MS, MS_ONE_ROW) if n in limits)))
+    blocks = blocks_of(
+        sites, by_site, scores, (LOSS, BYTES, *(n for n in (MS, MS_ONE_ROW) if n in {minimise, *limits}))
+    )
     solution = solve(blocks, minimise, limits, deadline=deadline)
     names = [name for column in solution.chosen for name in column.choices]
     front = _front(sites, blocks, deadline)

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from planish.errors import UnknownNameError
+from planish.errors import CalibrationError, UnknownNameError
 from planish.ops import LAYERS, VIEWS
 from planish.program import Program
 
 KL, COSINE = "kl", "cosine"
 MEASURES = (KL, COSINE)
+
+SQUARE = "square"
+"""Of outputs that are single numbers, whatever measure is asked for: rows of one have no direction."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,8 @@ class Loss:
     """The mean over outputs of the mean over their rows (last axis).
 
     A row's loss is the KL divergence from its softmax in fp32 (``kl``: logits), or one minus the cosine with itself in
-    fp32 (``cosine``: embeddings and hidden states). Rows of zeros do not count: that is what padding holds.
+    fp32 (``cosine``: embeddings and hidden states). Rows of zeros do not count: that is what padding holds. Single
+    numbers are compared together, by half their square error over their mean square (``square``).
 
     Attributes:
         kinds: of each output of the program; None for what does not count: integers, and the state.
@@ -40,6 +44,7 @@ class Loss:
 
         Raises:
             UnknownNameError: there is no such measure.
+            CalibrationError: no output can be compared.
         """
         if measure not in (*MEASURES, None):
             raise UnknownNameError(f"no loss {measure!r}", fix=f"use one of {MEASURES}")
@@ -47,9 +52,18 @@ class Loss:
         kinds: list[str | None] = []
         for i, node in enumerate(output.args[0]):  # pyright: ignore
             counts = node.meta["val"].is_floating_point() and i < len(program.outputs) - len(program.state)
-            while node.target in VIEWS:
-                node = node.args[0]
-            kinds.append((measure or (KL if node.target in LAYERS else COSINE)) if counts else None)
+            source = node
+            while source.target in VIEWS:
+                source = source.args[0]
+            is_number = node.meta["val"].dim() < 2 or program.shape(node)[-1] == 1
+            kind = SQUARE if is_number else measure or (KL if source.target in LAYERS else COSINE)
+            kinds.append(kind if counts else None)
+        if not any(kinds):
+            raise CalibrationError(
+                "the model returns no numbers that could be compared",
+                why="what a format does is judged by the outputs, and integers do not change a little",
+                fix="compile a model that returns what they are made from, such as logits",
+            )
         return Loss(tuple(kinds))
 
     @property
@@ -62,6 +76,10 @@ class Loss:
         losses = []
         for kind, want, got in zip(self.kinds, reference, found, strict=True):
             if kind is None:
+                continue
+            if kind == SQUARE:
+                square = want.double().square().mean().clamp_min(torch.finfo(torch.float64).tiny)
+                losses.append((got.double() - want.double()).square().mean() / square / 2)
                 continue
             want, got = (t.double().reshape(-1, t.shape[-1]) for t in (want, got))
             keep = want.abs().amax(1) > 0
@@ -77,13 +95,17 @@ class Loss:
         """A random gradient for each output.
 
         For KL it is ``softmax(y) - onehot(label)`` with a label drawn from that softmax (Fisher), for the cosine
-        ``(I - u u') z / |y|`` with u = y / |y| and z normal.
+        ``(I - u u') z / |y|`` with u = y / |y| and z normal, for numbers ``z / sqrt(mean y^2)``.
         """
         counted = sum(kind is not None for kind in self.kinds)
         found: list[Tensor | None] = []
         for kind, y in zip(self.kinds, reference, strict=True):
             if kind is None:
                 found.append(None)
+                continue
+            if kind == SQUARE:
+                size = (counted * y.square().sum()).sqrt().clamp_min(torch.finfo(y.dtype).tiny)
+                found.append(torch.randn(y.shape, generator=generator, dtype=y.dtype) / size)
                 continue
             rows = y.reshape(-1, y.shape[-1])
             keep = rows.abs().amax(1, keepdim=True) > 0

@@ -74,6 +74,10 @@ class _Work:
     def run(self) -> None:
         """Sites, their scores, the program over them, and the rewriting."""
         sites, channels = find_sites(self.program, QuantizeMixed.name, self.result, self.options.menu, self.options.pin)
+        if not sites:
+            raise BudgetError(
+                "no layer can be on codes", why="; ".join(r.reason for r in self.result.refusals) or "there is none"
+            )
         allowed = allowed_treatments(sites, self.options.pin)
         loss, samples = Loss.of(self.program, self.options.measure or None), split(self.program)
         searched = [replace(s, treatments=tuple(t for t in a if t.format)) for s, a in zip(sites, allowed, strict=True)]

@@ -14,7 +14,7 @@ from planish.passes.precision.calibration import Channels, observe
 from planish.passes.precision.layer import Layer, layers, reason
 from planish.passes.precision.operand import Operand
 from planish.passes.precision.rewrite import NOTABLE
-from planish.passes.precision.treatment import FP32, Treatment
+from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Note, Refusal, Result
 from planish.program import Program
 
@@ -79,7 +79,7 @@ def find_sites(
         seen = channels[group[0].node]
         if not seen.rows:
             result.notes.append(Note.at(name, group[0].node, "calibration never reached it: it stays fp32"))
-        pinned = [form for n, form in pins if form != FP32 and covers(n, Site(tuple(group), (), {}).name)]
+        pinned = [form for n, form in pins if _suits(form, group[0]) and covers(n, Site(tuple(group), (), {}).name)]
         names = dict.fromkeys((*_menu(group[0], seen, menu), *pinned)) if seen.rows else ()
         treatments = tuple(Treatment.parse(n) for n in names)
         weights = torch.cat([layer.by_channel() for layer in group])
@@ -88,6 +88,15 @@ def find_sites(
         }
         sites.append(Site(tuple(group), treatments, operands))
     return sites, [channels[site.layers[0].node] for site in sites]
+
+
+def _suits(form: str, layer: Layer) -> bool:
+    """Whether a layer can have a format that it is pinned to, other than fp32: a convolution's scale is static."""
+    treatment = Treatment.parse(form)
+    if treatment.format is None:
+        return False
+    is_static = treatment.format.activation == "a8-static" and not treatment.outliers
+    return is_static or layer.node.target is not CONVOLUTION_LAST
 
 
 def _menu(layer: Layer, seen: Channels, menu: Sequence[str]) -> Sequence[str]:

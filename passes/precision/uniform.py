@@ -18,7 +18,7 @@ from planish.passes.precision.operand import Operand
 from planish.passes.precision.rewrite import Rewriter
 from planish.passes.precision.treatment import FP32
 from planish.pipeline import Note, Pass, Refusal, Result
-from planish.program import Program
+from planish.program import Program, source_line
 from planish.rules import remove_dead
 from planish.targets import Target
 
@@ -47,9 +47,9 @@ class QuantizeUniform(Pass):
         per_tensor: one scale for all of a weight instead of one for each output feature; to compare.
 
     Without calibration each row's scale is found when it is computed. With it, formats with static scales are possible,
-    convolutions become codes, biases are corrected by ``(W - Wq) E[x]`` (Data-Free Quantization), channels are evened
-    out, and outliers are known. Codes that are made by static scales are stored instead of x where nothing else reads
-    it: NaN among x becomes 0 there.
+    convolutions become codes, codes of less than 8 bits make up for each other's errors (GPTQ), biases are corrected by
+    ``(W - Wq) E[x]`` (Data-Free Quantization), channels are evened out, and outliers are known. Codes
+    that are made by static scales are stored instead of x where nothing else reads it: NaN among x becomes 0 there.
     """
 
     format: str = ""
@@ -110,7 +110,8 @@ class _Work:
 
     def _statistics(self, nodes: list[fx.Node]) -> dict[fx.Node, Channels]:
         if self.program.calibration:
-            return observe(self.program, nodes)
+            found = observe(self.program, nodes)
+            return {node: seen for node, seen in found.items() if self._was_reached(node, seen)}
         static = "a8-static" in (self.format.activation, self.head.activation)
         needs = "static scales" if static else "outliers in fp32"
         if static or self.options.outliers:
@@ -123,6 +124,20 @@ class _Work:
             text = "data-free: no calibration was given, so each row's scale is found when it is computed"
             self.result.notes.append(Note.at(QuantizeUniform.name, nodes[0], text))
         return {}
+
+    def _was_reached(self, node: fx.Node, seen: Channels) -> bool:
+        """Whether calibration ran rows through a layer; where it did not, only formats without static scales do."""
+        if seen.rows:
+            return True
+        text = "calibration never reached it"
+        if self._form(node).activation == "a8-static":
+            raise CalibrationError(
+                f"{node.name}: {text}, so its scale is not known",
+                where=source_line(node),
+                fix="add inputs that reach it, or use a format without -static",
+            )
+        self.result.notes.append(Note.at(QuantizeUniform.name, node, f"{text}: its scales are found row by row"))
+        return False
 
     def _form(self, node: fx.Node) -> Format:
         """The format of a layer; a depthwise convolution has few weights, which stay 8 bits."""
