@@ -225,7 +225,8 @@ class _Store:
 
     def expression(self, name: str, tensor: torch.Tensor) -> str:
         """The call that loads the tensor in a stage's file."""
-        place = (tensor.data_ptr(), tensor._version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        version = 0 if tensor.is_inference() else tensor._version  # a constant that was made in inference mode has none
+        place = (tensor.data_ptr(), version, tuple(tensor.shape), tensor.stride(), tensor.dtype)
         if place not in self._known:
             self._known[place] = (tensor, self._add(name, tensor))
         return self._known[place][1]

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import fx
 
+import planish
 from planish.capture import capture
 from planish.dump import Dump, content_hash, split_layout
 from planish.ops import aten
@@ -430,3 +431,10 @@ def test_source_lines_do_not_hold_the_machines_folders() -> None:
     assert short_source(f"{file}:12 in forward: x") == "torch/nn/modules/linear.py:12 in forward: x"
     assert short_source("<string>:3 in f") == "<string>:3 in f"
     assert short_source("") == ""
+
+
+def test_constants_that_were_made_in_inference_mode(tmp_path: Path) -> None:
+    model, x = torch.nn.Linear(64, 64).eval(), torch.randn(4, 64)
+    with torch.inference_mode():
+        planish.compile(model, (x,), target="cpu-int8", dump=tmp_path / "dump")
+    assert (tmp_path / "dump" / "constants.safetensors").exists()
