@@ -177,6 +177,13 @@ def test_pins() -> None:
         compiled(pin={"layer.0.query": "w8a8", "layer.0.key": "w4a8-g32"})
 
 
+def test_a_pinned_format_without_times_in_the_cost_table() -> None:
+    pins = {"layer.1.down": "w5a8-g128"}
+    assert compiled(target="cpu-avx2", budget=planish.Budget(bits=6), pin=pins).assignment.ms is None
+    with pytest.raises(BudgetError, match="the budget limits ms, which is not known here"):
+        compiled(target="cpu-avx2", budget=planish.Budget(ms=1.0), pin=pins)
+
+
 def test_a_dump_replays_the_assignment(tmp_path: Path) -> None:
     first = compiled(budget=planish.Budget(bits=4.5), dump=tmp_path / "a")
     read = planish.Assignment.load(tmp_path / "a" / "precision.json")

@@ -98,7 +98,7 @@ def choose(
 
 def _program(sites: Sequence[Site], budget: Budget | None) -> tuple[str, dict[str, float]]:
     """What is minimised, and the limits."""
-    if budget is None:  # all is pinned
+    if budget is None:  # what is not pinned stays fp32
         return LOSS, {}
     nbytes = budget.bytes if budget.bits is None else budget.bits / 8 * _weights(sites)
     given = {BYTES: nbytes, MS: budget.ms, MS_ONE_ROW: budget.ms_one_row}

@@ -143,11 +143,11 @@ def _block(sites: Sequence[Site], kept: Sequence[Sequence[Option]], scores: Scor
             shape[a], shape[b] = products.shape
             squares = sums[a].square() @ sums[b].square().T / some.numel()
             loss += _significant(products, (squares - products.square()) / some.numel()).reshape(shape)
-    names = [name for name in kept[members[0]][0].costs if name != LOSS]
+    names = set.intersection(*(set(o.costs) for i in members for o in kept[i])) - {LOSS}  # some formats have no times
     columns = [
         Column(
             tuple(option.treatment.name for option in chosen),
-            {LOSS: float(value), **{name: sum(o.costs[name] for o in chosen) for name in names}},
+            {LOSS: float(value), **{name: sum(o.costs[name] for o in chosen) for name in sorted(names)}},
         )
         for chosen, value in zip(itertools.product(*(kept[i] for i in members)), loss.flatten().tolist(), strict=True)
     ]

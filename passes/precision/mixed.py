@@ -28,7 +28,7 @@ class QuantizeMixed(Pass):
     after:  ``h = planish.quantized_linear(x, ..., "w8a8"); y = planish.quantized_linear(gelu(h), ..., "w4a8-g32")``
 
     Attributes:
-        budget: what the assignment may cost; None where every layer is pinned.
+        budget: what the assignment may cost; None to leave what is not pinned in fp32.
         pin: pairs of a layer's name, or the beginning of some layers' names, and their format; ``"fp"`` for fp32.
         menu: formats of linear layers that are tried; empty for ``MENU``, and ``WITH_OUTLIERS`` where they help.
         measure: ``"kl"`` or ``"cosine"``; empty for KL where an output is a linear layer's, logits, else the cosine.
@@ -103,8 +103,7 @@ class _Work:
 
     def _say_scores(self, sites: Sequence[Site], scores: Scores, wanted: int) -> None:
         """What the assignment's figures rest on."""
-        if sites:
-            ended = "" if scores.complete else f": the deadline of {self.options.deadline:g} s ended it"
-            text = f"{len(scores.sums)} scores from {scores.samples} of {wanted} inputs{ended}"
-            text += f", {len(scores.measured)} of them measured directly"
-            self.result.notes.append(Note.at(QuantizeMixed.name, sites[0].layers[0].node, text))
+        ended = "" if scores.complete else f": the deadline of {self.options.deadline:g} s ended it"
+        text = f"{len(scores.sums)} scores from {scores.samples} of {wanted} inputs{ended}"
+        text += f", {len(scores.measured)} of them measured directly"
+        self.result.notes.append(Note.at(QuantizeMixed.name, sites[0].layers[0].node, text))
