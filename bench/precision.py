@@ -18,9 +18,9 @@ from planish.models.base import Batch, LoadedModel
 from planish.models.embedding import embed
 from planish.passes import QUANTISERS, default_pipeline, resolve
 from planish.passes.precision import QuantizeMixed
+from planish.passes.precision.codes import held_weights, rounded_weight
 from planish.passes.precision.columns import BYTES, LOSS, Option, blocks_of
 from planish.passes.precision.loss import Loss
-from planish.passes.precision.rewrite import held_weight, rounded_weight
 from planish.passes.precision.sensitivity import (
     Sample,
     Scores,
@@ -31,11 +31,11 @@ from planish.passes.precision.sensitivity import (
     refine,
     split,
 )
+from planish.passes.precision.simulation import Simulation
 from planish.passes.precision.sites import Site, find_sites
 from planish.passes.precision.solve import Block, Column, solve
 from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Result, run_pipeline
-from planish.program import Program
 from planish.targets import Target
 
 WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w2-g32")
@@ -88,7 +88,7 @@ class Embedder(torch.nn.Module):
 class Case:
     """A model's sites, with inputs to score them by and others to judge by."""
 
-    program: Program
+    simulation: Simulation
     sites: Sequence[Site]
     loss: Loss
     samples: Sequence[Sample]
@@ -117,7 +117,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         rows += _assignments(case, found, seed)
         log(f"minilm, seed {seed}: the same with codes by GPTQ")
         case = _case(loaded, seed, compensate=True)
-        scores = probe(case.program, case.sites, case.loss, case.samples, seed=seed)
+        scores = probe(case.simulation, case.loss, case.samples, seed=seed)
         rows += _assignments(case, [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)], seed)
     extra = {"scorers": scorers, "assignments": rows, "formats": list(WEIGHTS)}
     return BenchResult("precision", options.threads, {}, [], [], [], extra)
@@ -139,7 +139,9 @@ def _case(loaded: LoadedModel, seed: int, *, compensate: bool = False) -> Case:
         for site in sites:
             for operand in site.operands.values():
                 operand.channels.moments = None
-    return Case(program, sites, Loss.of(program), split(program), [Sample(tensors) for tensors in others])
+    samples = split(program)
+    simulation = Simulation.of(program, sites, [None, *(s.half for s in samples)])
+    return Case(simulation, sites, Loss.of(program), samples, [Sample(tensors) for tensors in others])
 
 
 def _flat(names: Sequence[str], batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
@@ -168,9 +170,9 @@ class Scorer:
 
 def _scorers(case: Case, seed: int) -> list[Scorer]:
     """All of them; the last one measures every treatment directly."""
-    data = (case.program, case.sites, case.loss, case.samples)
+    data = (case.simulation, case.loss, case.samples)
     plain = probe(*data, seed=seed)
-    refined = refine(plain, *data)
+    refined = refine(plain, case.simulation, case.sites, case.loss, case.samples)
     fisher = probe(*data, seed=seed, contract=diagonal_fisher)
     weights = {(i, t): _weight_error(site, t) for i, site in enumerate(case.sites) for t in site.treatments}
     start = time.perf_counter()
@@ -193,7 +195,8 @@ def _weight_error(site: Site, treatment: Treatment) -> float:
     assert treatment.format is not None
     operand, total = site.operands[treatment], 0.0
     for layer in site.layers:
-        rounded = rounded_weight(layer, held_weight(layer, treatment.format, operand), operand)
+        ((held,),) = held_weights([layer], [(treatment.format, operand)])
+        rounded = rounded_weight(layer, held, operand)
         total += float((rounded - layer.weight).square().sum())
     return total
 
@@ -220,9 +223,8 @@ def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[
     for form in UNIFORM:
         treatment = Treatment.parse(form)
         nbytes = sum(_nbytes(site, treatment) for site in case.sites)
-        loss = measure(
-            case.program, dict.fromkeys(range(len(case.sites)), treatment), case.sites, case.loss, case.held_out
-        )
+        everywhere = dict.fromkeys(range(len(case.sites)), treatment)
+        loss = measure(case.simulation, everywhere, case.loss, case.held_out)
         rows.append({"seed": seed, "scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
     for scorer in scorers:
         blocks = _blocks(case, scorer)
@@ -230,7 +232,7 @@ def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[
             found = solve(blocks, LOSS, {BYTES: bits / 8 * weights})
             names = [name for column in found.chosen for name in column.choices]
             chosen = {i: Treatment.parse(name) for i, name in enumerate(names)}
-            loss = measure(case.program, chosen, case.sites, case.loss, case.held_out)
+            loss = measure(case.simulation, chosen, case.loss, case.held_out)
             rows.append(
                 {
                     "seed": seed,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -38,6 +39,7 @@ from planish.program import Dim, Program, TensorSpec, evaluate
 from planish.reuse import Fingerprint, fingerprint, remember, remembered
 from planish.state import State, StateSpec, lend
 from planish.targets import Target
+from planish.verify import relative_error
 
 log = logging.getLogger("planish")
 
@@ -58,6 +60,7 @@ def compile(
     calibration: Iterable[Inputs] | None = None,
     budget: Budget | None = None,
     pin: Mapping[str, str] | None = None,
+    executor: Executor | None = None,
     cache: bool = True,
 ) -> CompiledModel:
     """Compile a model to one native function.
@@ -81,7 +84,9 @@ def compile(
         budget: what the formats of the layers may cost; they are then chosen one by one, with ``calibration``.
         pin: formats of layers, by name or beginning of their names: ``{"lm_head": "w8a8", "encoder.layer.0": "fp"}``.
             Layers without a pin have the budget's choice, or fp32 where there is no budget.
-        cache: reuse the result of an equal compile of the same, unchanged model in this process.
+        executor: where formats are tried, such as Dask's ``client.get_executor()``: see ``QuantizeMixed``.
+        cache: reuse the result of an equal compile of the same, unchanged model in this process, and the scores of
+            formats that an earlier compile with the same calibration left in the user's cache folder.
 
     Raises:
         CaptureError, ModelStateError, InputError, DimError, TargetError, UnknownNameError, UnsupportedOpsError,
@@ -92,7 +97,8 @@ def compile(
     if inputs is not None:
         check_inputs_kind(inputs)
     parsed = Target.parse(target)
-    mixed = QuantizeMixed(budget, tuple((pin or {}).items())) if budget is not None or pin else None
+    pins = tuple((pin or {}).items())
+    mixed = QuantizeMixed(budget, pins, cache=cache, executor=executor) if budget is not None or pins else None
     pipeline = registry.resolve(passes, padding, parsed, mixed)
     _check_quantiser(pipeline, mixed, calibration)
     if calibration is not None:
@@ -300,9 +306,6 @@ class CompiledModel:
         else:
             _check_supported(missing, self.target)
             executable = engine.compile(program, self.target)
-        if observer is not None:
-            observer.kernels(executable.sources())
-            observer.finish(self.target)
         count = program.arguments
         state = StateSpec(program.state, program.example[count:])
         inputs = program.inputs[:count]
@@ -317,6 +320,12 @@ class CompiledModel:
             coverage,
             program.assignment,
         )
+        if compiled.assignment is not None:
+            error = _compiler_error(compiled, program)
+            compiled = replace(compiled, assignment=replace(compiled.assignment, compiler_error=error))
+        if observer is not None:
+            observer.kernels(executable.sources())
+            observer.finish(self.target, compiled.assignment)
         self._compiled = compiled
         if key is not None:
             remember(model, key, compiled)
@@ -397,6 +406,15 @@ def _calibration(
             raise CalibrationError(f"calibration batch {number}: {error.what}", why=error.why, fix=error.fix) from None
     check_calibration([spec.name for spec in specs], flat)
     return tuple(flat)
+
+
+def _compiler_error(compiled: Compiled, program: Program) -> float:
+    """How far compiled code is from its program in PyTorch: see ``Assignment.compiler_error``."""
+    count = program.arguments
+    tensors, buffers = program.example[:count], [t.clone() for t in program.example[count:]]
+    want = program.run(*tensors, *(t.clone() for t in buffers))
+    got = compiled.executable(tensors, check_inputs(compiled, tensors), buffers)
+    return max((relative_error(w, g) for w, g in zip(want, got, strict=False)), default=0.0)  # then comes the state
 
 
 def _run(compiled: Compiled, args: tuple[Any, ...], kwargs: Mapping[str, Any], buffers: Sequence[torch.Tensor]) -> Any:

@@ -60,12 +60,16 @@ class Assignment:
         bytes: of all of them.
         bits: of a weight, on average, with scales.
         ms: of their kernels for a calibration batch by the cost table; None where the target has none.
+        ms_fp32: the same with all of them in fp32.
         minimised: ``loss``, or ``bytes`` or ``ms`` where the budget limits the loss.
         limits: of the budget.
         gap: of what was minimised to the least that can be; relative.
         is_optimal: False where the deadline ended the search.
         prices: what one more unit of a limit takes off what was minimised.
         front: the least loss for other sizes.
+        compiler_error: largest difference of the compiled model's outputs from those of the same codes in PyTorch, over
+            the outputs' largest magnitude, for the example inputs: no part of the loss, which is what codes
+            do; None where the model was not compiled.
     """
 
     measure: str
@@ -75,12 +79,14 @@ class Assignment:
     bytes: int
     bits: float
     ms: float | None
+    ms_fp32: float | None
     minimised: str
     limits: Mapping[str, float]
     gap: float
     is_optimal: bool
     prices: Mapping[str, float]
     front: tuple[Point, ...]
+    compiler_error: float | None = None
 
     @property
     def pins(self) -> dict[str, str]:
@@ -111,10 +117,12 @@ class Assignment:
             ms = "" if la.ms is None else f"{la.ms:.3g}"
             numbers = f"{la.loss:9.2e} {la.sigma:8.1e} {la.bytes / 1e3:9,.1f} {ms:>8}"
             lines.append(f"  {la.name:{width}}  {la.format:12} {numbers}  {_next(la)}")
-        ms = "" if self.ms is None else f", {self.ms:.3g} ms by the cost table"
+        ms = "" if self.ms is None else f", {self.ms:.3g} ms by the cost table ({self.ms_fp32:.3g} in fp32)"
         proof = f"within {self.gap:.1e} of the proved bound" if self.is_optimal else f"deadline hit, gap {self.gap:.1e}"
         lines.append(f"  {self.bits:.2f} bits per weight, {self.bytes / 1e6:,.2f} MB{ms}; {proof}")
         lines.append(f"  loss ({self.measure}): {self.predicted_loss:.3e} predicted, {self.measured_loss:.3e} measured")
+        if self.compiler_error is not None:
+            lines.append(f"  compiled code against the same codes in PyTorch: {self.compiler_error:.1e} of the outputs")
         for name, price in self.prices.items():
             gain = price * self.limits[name] / 100
             lines.append(

@@ -16,6 +16,7 @@ import safetensors.torch
 import torch
 
 import planish
+from planish.assignment import Assignment
 from planish.pipeline import Step
 from planish.printer import DumpError, describe, program_text, short_source
 from planish.program import Program
@@ -132,11 +133,11 @@ class Dump:
             files |= {f"kernels/{name}{end}": text for end, text in ((".tir.py", tir), (".s", assembly)) if text}
         self._write(files)
 
-    def finish(self, target: Target) -> None:
-        """Mark the dump complete, and let go of the tensors it has stored."""
+    def finish(self, target: Target, assignment: Assignment | None = None) -> None:
+        """Mark the dump complete, write the assignment with what compiling added, let go of stored tensors."""
         self._manifest.target = target.name
         self._manifest.complete = True
-        self._write({})
+        self._write({"precision.json": assignment.encode().decode()} if assignment else {})
         self._store = _Store(self.dump_weights)
         self._text = ""
 

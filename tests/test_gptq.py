@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from planish.formats import Quantized, WeightFormat, quantise
-from planish.passes.precision.gptq import BLOCK, gptq
+from planish.passes.precision.gptq import BLOCK, TOGETHER, Compensation, Grid
 
 FORMS = [WeightFormat(b, g, s) for b, g, s in ((4, 32, True), (3, 64, False), (2, None, True), (4, 128, True))]
 
 
 def rounded(weight: Tensor, held: Quantized, moment: Tensor) -> Tensor:
     """The weight that GPTQ's codes stand for."""
-    codes = gptq(weight, held, moment)
+    (codes,) = Compensation(moment).codes([Grid(weight, held)])
     assert codes.dtype is torch.uint8
     return Quantized(held.format, codes, held.scales, held.minimums, held.channels).dequantise()
 
@@ -35,7 +35,7 @@ def test_independent_inputs_round_as_usual() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 96)
     held = quantise(weight, WeightFormat(4, 32))
-    assert torch.equal(gptq(weight, held, torch.diag(torch.rand(96))), held.codes)
+    assert torch.equal(rounded(weight, held, torch.diag(torch.rand(96))), held.dequantise())
 
 
 def test_inputs_that_are_always_zero() -> None:
@@ -46,11 +46,39 @@ def test_inputs_that_are_always_zero() -> None:
     moment = moment @ moment.T
     moment[:, 10] = moment[10] = 0
     assert rounded(weight, held, moment).isfinite().all()
-    assert torch.equal(gptq(weight, held, torch.zeros(64, 64)), held.codes)
+    assert torch.equal(rounded(weight, held, torch.zeros(64, 64)), held.dequantise())
 
 
 def test_the_weight_is_left_as_it_was() -> None:
     weight = torch.randn(8, 64)
     before = weight.clone()
-    gptq(weight, quantise(weight, WeightFormat(2, 32)), torch.eye(64) + 1)
+    rounded(weight, quantise(weight, WeightFormat(2, 32)), torch.eye(64) + 1)
     assert torch.equal(weight, before)
+
+
+def test_weights_rounded_together_are_those_rounded_alone() -> None:
+    torch.manual_seed(0)
+    moment = torch.randn(64, 90)
+    compensation = Compensation(moment @ moment.T)
+    sizes = (5, TOGETHER + 3, 40)
+    grids = [Grid(w, quantise(w, f)) for n, f in zip(sizes, FORMS, strict=False) for w in [torch.randn(n, 64)]]
+    together = compensation.codes(grids)
+    assert [len(codes) for codes in together] == list(sizes)
+    for grid, codes in zip(grids, together, strict=True):
+        assert (codes != compensation.codes([grid])[0]).float().mean() < 1e-3  # products in another order
+
+
+def test_evened_out_weights_and_columns_that_stay() -> None:
+    """With factors the values are those times the factors; what rounding loses elsewhere does not change columns."""
+    torch.manual_seed(0)
+    weight, factors, exact = torch.randn(24, 96), torch.rand(96) + 0.5, torch.tensor([3, 50])
+    x = torch.randn(2000, 20) @ torch.randn(20, 96) + 0.3 * torch.randn(2000, 96)
+    held = quantise((weight / factors).index_fill(1, exact, 0.0), WeightFormat(3, 32))
+
+    def error(codes: Tensor) -> float:
+        stored = Quantized(held.format, codes, held.scales, held.minimums, held.channels).dequantise() * factors
+        return float((x @ (stored.index_copy(1, exact, weight[:, exact]) - weight).T).square().mean())
+
+    (codes,) = Compensation(x.T @ x).codes([Grid(weight, held, factors, exact)])
+    assert torch.equal(codes[:, exact], held.codes[:, exact])
+    assert error(codes) < 0.5 * error(held.codes)

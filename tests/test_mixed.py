@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ from planish.passes.precision import QuantizeMixed
 from planish.passes.precision.calibration import Channels
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.sensitivity import Sample, measure, measure_each, probe, refine, split
+from planish.passes.precision.simulation import Simulation
 from planish.passes.precision.sites import find_sites
+from planish.passes.precision.solve import Block, Column, Solution, solve
+from planish.passes.precision.swaps import selection, swap
 from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Result, run_pipeline
 from planish.program import Dim, Program
@@ -99,13 +103,14 @@ def test_scores_foretell_what_is_measured() -> None:
     loss, samples = Loss.of(program), split(program)
     assert loss.kinds == ("kl",)
     assert len(samples) == 16
-    scores = probe(program, sites, loss, samples)
-    found = measure_each(program, sites, loss, samples, list(scores.sums))
+    simulation = Simulation.of(program, sites, (0, 1))
+    scores = probe(simulation, loss, samples)
+    found = measure_each(simulation, loss, samples, list(scores.sums))
     foretold = [math.log(scores.loss(*key) / value) for key, value in found.items()]
     assert abs(statistics.fmean(foretold)) < math.log(1.2)
     assert max(map(abs, foretold)) < math.log(2)
     assert all(scores.sigma(*key) < scores.loss(*key) for key in found)
-    refined = refine(scores, program, sites, loss, samples)
+    refined = refine(scores, simulation, sites, loss, samples)
     heads = [key for key in refined.measured if sites[key[0]].name == "head"]
     assert len(heads) == 4
     ratios = [refined.loss(*key) / found[key] for key in refined.measured]
@@ -117,9 +122,10 @@ def test_a_site_treated_alone_and_measured_together_agree() -> None:
     sites, _ = find_sites(program, "test", Result(), ("w3a8-g32",))
     loss, samples = Loss.of(program), split(program)[:4]
     three = Treatment.parse("w3a8-g32")
-    alone = measure_each(program, sites, loss, samples, [(0, three)])[0, three]
-    assert measure(program, {0: three}, sites, loss, samples) == pytest.approx(alone, rel=1e-3)
-    assert measure(program, {0: Treatment()}, sites, loss, samples) == 0
+    simulation = Simulation.of(program, sites, (0, 1))
+    alone = measure_each(simulation, loss, samples, [(0, three)])[0, three]
+    assert measure(simulation, {0: three}, loss, samples) == pytest.approx(alone, rel=1e-3)
+    assert measure(simulation, {0: Treatment()}, loss, samples) == 0
 
 
 def test_what_is_simulated_is_what_runs() -> None:
@@ -132,7 +138,7 @@ def test_what_is_simulated_is_what_runs() -> None:
     others = [Sample((data(i, 1),)) for i in range(100, 108)]
     for sample in others:
         total += loss.measure(program.run(*sample.tensors), [call(*sample.tensors)]) / len(others)
-    assert measure(program, treatments, sites, loss, others) == pytest.approx(total, rel=0.02)
+    assert measure(Simulation.of(program, sites, (None,)), treatments, loss, others) == pytest.approx(total, rel=0.02)
     assert call.assignment.measured_loss == pytest.approx(total, rel=0.3)
     assert call.assignment.predicted_loss == pytest.approx(total, rel=0.5)
 
@@ -244,12 +250,106 @@ def test_models_without_layers_and_layers_without_rows() -> None:
 
 
 def test_a_deadline_keeps_what_was_probed() -> None:
-    passes = ["canonicalize", QuantizeMixed(planish.Budget(bits=4.5), deadline=1e-3)]
+    passes = ["canonicalize", QuantizeMixed(planish.Budget(bits=4.5), deadline=1e-3, cache=False)]
     call = planish.compile(
         model(), (data(0),), target="reference", dynamic=DYNAMIC, passes=passes, calibration=CALIBRATION
     )
     assert "scores from 1 of 16 inputs: the deadline of 0.001 s ended it" in call.report()
     assert call.assignment.bits <= 4.5
+
+
+def test_scores_are_kept_for_later_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = compiled(budget=planish.Budget(bits=4.5))
+    assert "kept from an earlier compile" not in first.report()
+    (file,) = (tmp_path / "planish" / "scores").iterdir()
+    again = compiled(budget=planish.Budget(bits=4.5))
+    assert "kept from an earlier compile" in again.report()
+    assert again.assignment == first.assignment
+    assert "kept from" not in compiled(budget=planish.Budget(bits=4.5), cache=False).report()
+    assert "kept from" not in compiled(budget=planish.Budget(bits=4.5), calibration=CALIBRATION[::-1]).report()
+    file.write_bytes(b"not scores")
+    assert compiled(budget=planish.Budget(bits=4.5)).assignment == first.assignment
+
+
+def test_an_executor_finds_the_same_assignment() -> None:
+    """Two processes of a Dask cluster; the model, its weights and the data are sent to them."""
+    distributed = pytest.importorskip("distributed")
+    budget = planish.Budget(bits=4.5)
+    serial = compiled(budget=budget, cache=False)
+    with (
+        distributed.LocalCluster(
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, host="127.0.0.1"
+        ) as cluster,
+        distributed.Client(cluster) as client,
+    ):
+        ran = set(client.run(lambda: __import__("os").getpid()).values())
+        assert len(ran) == 2
+        elsewhere = compiled(budget=budget, cache=False, executor=client.get_executor())
+    assert elsewhere.assignment == serial.assignment
+    x = data(99)
+    assert torch.equal(elsewhere(x), serial(x))
+
+
+def test_an_executor_that_is_stopped_by_the_deadline() -> None:
+    with ThreadPoolExecutor(2) as executor:
+        mixed = QuantizeMixed(planish.Budget(bits=4.5), deadline=1e-3, cache=False, executor=executor)
+        call = planish.compile(
+            model(),
+            (data(0),),
+            target="reference",
+            dynamic=DYNAMIC,
+            passes=["canonicalize", mixed],
+            calibration=CALIBRATION,
+        )
+    assert "scores from 2 of 16 inputs" in call.report()  # a task has two
+
+
+def test_the_error_of_the_compiler_is_told_from_that_of_codes() -> None:
+    native = compiled(budget=planish.Budget(bits=4.5), target="cpu-avx2")
+    assert 0 < native.assignment.compiler_error < 1e-3
+    assert native.assignment.measured_loss > 1e-4
+    assert compiled(budget=planish.Budget(bits=4.5)).assignment.compiler_error == 0
+    assert "compiled code against the same codes" in native.report()
+
+
+def test_swaps_are_decided_by_inputs_that_are_kept() -> None:
+    """Scores that are wrong about a block are put right."""
+    program = prepared()
+    sites, _ = find_sites(program, "test", Result(), ("w8a8", "w3a8-g32"))
+    samples = split(program)
+    simulation, loss = Simulation.of(program, sites, (0, 1)), Loss.of(program)
+    head = len(sites) - 1
+    blocks = [
+        Block(
+            (site.name,),
+            tuple(
+                Column(
+                    (t.name,),
+                    {"loss": 0.1 * (t.name == "w3a8-g32") * (i != head), "bytes": float(t.format.weight.bits)},
+                )
+                for t in site.treatments
+            ),
+        )
+        for i, site in enumerate(sites)
+    ]
+    limits = {"bytes": 8.0 * len(sites) - 5}
+    found = solve(blocks, "loss", limits)
+    assert found.chosen[head].choices == ("w3a8-g32",)
+    better, said = swap(blocks, found, "loss", limits, simulation, loss, samples)
+
+    def lost(solution: Solution) -> float:
+        treatments = [Treatment.parse(c.choices[0]) for c in solution.chosen]
+        return measure(simulation, dict(enumerate(treatments)), loss, samples)
+
+    assert len(said) >= 1
+    assert better.total("bytes") <= limits["bytes"]
+    assert lost(better) < lost(found)
+    assert swap(blocks, found, "loss", limits, simulation, loss, ())[0] is found
+    few, kept = selection(samples[:12])
+    assert (len(few), len(kept)) == (12, 0)
+    many, kept = selection(samples * 2)
+    assert (len(many), len(kept)) == (27, 5)
 
 
 def test_outlier_channels_are_offered_where_there_are_some() -> None:

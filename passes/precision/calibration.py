@@ -56,6 +56,17 @@ class Channels:
         """How many times each channel's largest magnitude exceeds the median channel's, [K]."""
         return self.largest / self.largest.median().clamp_min(torch.finfo(torch.float32).tiny)
 
+    def moment(self, without: int | None = None) -> Tensor:
+        """Sum of ``x x'`` over the rows of a linear layer's input, [K, K].
+
+        Args:
+            without: half of the batches to leave out, if there are others: 0 for the first, third, ..., or 1.
+        """
+        assert self.moments is not None
+        if without is None or not self.moments[1 - without].any():
+            return self.moments.sum(0)
+        return self.moments[1 - without]
+
     def add(self, x: Tensor, first: Tensor | None) -> None:
         """Take in a batch [rows, K], maybe of none; ``first`` marks the rows that are first tokens, bool [rows]."""
         if not len(x):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from planish.assignment import Assignment, LayerChoice, Point, covers
 from planish.budget import Budget
 from planish.errors import BudgetError, UnknownNameError
-from planish.passes.precision.columns import BYTES, LOSS, MS, MS_ONE_ROW, Option, blocks_of
+from planish.passes.precision.columns import BYTES, LOSS, MS, MS_FP32, MS_ONE_ROW, Option, blocks_of
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.sensitivity import Scores
 from planish.passes.precision.sites import Site
 from planish.passes.precision.solve import Block, Column, Solution, solve
+from planish.passes.precision.tasks import run_all
 from planish.passes.precision.treatment import Treatment
 
 FRONT = 12
@@ -57,14 +59,18 @@ def allowed_treatments(sites: Sequence[Site], pins: Sequence[tuple[str, str]]) -
 
 @dataclass(frozen=True)
 class Choice:
-    """A treatment for each site, the program that chose them, its solution, and the least loss for other sizes."""
+    """The solution for a budget, the program with what it minimises and limits, and the least loss of other sizes."""
 
-    treatments: tuple[Treatment, ...]
     solution: Solution
     minimised: str
     limits: Mapping[str, float]
     blocks: tuple[Block, ...]
     front: tuple[Point, ...]
+
+    @property
+    def treatments(self) -> list[Treatment]:
+        """Of each site."""
+        return [Treatment.parse(name) for column in self.solution.chosen for name in column.choices]
 
 
 def choose(
@@ -73,6 +79,7 @@ def choose(
     scores: Scores,
     budget: Budget | None,
     deadline: float,
+    executor: Executor | None = None,
 ) -> Choice:
     """The assignment of least loss within a budget, or of the fewest bytes within a loss.
 
@@ -91,9 +98,7 @@ def choose(
         sites, by_site, scores, (LOSS, BYTES, *(n for n in (MS, MS_ONE_ROW) if n in {minimise, *limits}))
     )
     solution = solve(blocks, minimise, limits, deadline=deadline)
-    names = [name for column in solution.chosen for name in column.choices]
-    front = _front(sites, blocks, deadline)
-    return Choice(tuple(map(Treatment.parse, names)), solution, minimise, limits, tuple(blocks), front)
+    return Choice(solution, minimise, limits, tuple(blocks), _front(sites, blocks, deadline, executor))
 
 
 def _program(sites: Sequence[Site], budget: Budget | None) -> tuple[str, dict[str, float]]:
@@ -112,19 +117,24 @@ def _weights(sites: Sequence[Site]) -> int:
     return sum(layer.weight.numel() for site in sites for layer in site.layers)
 
 
-def _front(sites: Sequence[Site], blocks: Sequence[Block], deadline: float) -> tuple[Point, ...]:
+def _front(
+    sites: Sequence[Site], blocks: Sequence[Block], deadline: float, executor: Executor | None
+) -> tuple[Point, ...]:
     """The least loss for sizes from the least to the most, evenly spaced by ratio."""
     least = sum(min(c.costs[BYTES] for c in block.columns) for block in blocks)
     most = sum(min(block.columns, key=lambda c: (c.costs[LOSS], c.costs[BYTES])).costs[BYTES] for block in blocks)
     if not blocks or least >= most:
         return ()
-    points: dict[float, float] = {}
-    for i in range(FRONT):
-        limit = least * (most / least) ** (i / (FRONT - 1))
-        found = solve(blocks, LOSS, {BYTES: limit + 0.5}, gap=FRONT_GAP, deadline=deadline)
-        points[found.total(BYTES)] = found.value
+    sizes = [least * (most / least) ** (i / (FRONT - 1)) + 0.5 for i in range(FRONT)]
+    points = dict(run_all("solving", _least_loss, [(blocks, size, deadline) for size in sizes], executor))
     weights = _weights(sites)
     return tuple(Point(int(size), 8 * size / weights, loss) for size, loss in sorted(points.items()))
+
+
+def _least_loss(blocks: Sequence[Block], size: float, deadline: float) -> tuple[float, float]:
+    """Bytes and loss of the assignment of least loss that is no larger."""
+    found = solve(blocks, LOSS, {BYTES: size}, gap=FRONT_GAP, deadline=deadline)
+    return found.total(BYTES), found.value
 
 
 def explain(
@@ -160,6 +170,7 @@ def explain(
             )
         )
     times = [choice.ms for choice in choices]
+    in_fp32 = [next((o.costs.get(MS_FP32) for o in of_site), None) for of_site in by_site]
     return Assignment(
         loss.name,
         tuple(choices),
@@ -167,7 +178,8 @@ def explain(
         measured,
         sum(choice.bytes for choice in choices),
         8 * sum(choice.bytes for choice in choices) / max(1, _weights(sites)),
-        None if None in times else sum(ms for ms in times if ms is not None),
+        _sum(times),
+        _sum(in_fp32),
         found.minimised,
         found.limits,
         solution.gap,
@@ -175,6 +187,12 @@ def explain(
         dict(solution.prices),
         found.front,
     )
+
+
+def _sum(numbers: Sequence[float | None]) -> float | None:
+    """None where one is not known."""
+    known = [number for number in numbers if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
 
 
 def _runner_up(

@@ -20,6 +20,9 @@ from planish.targets import Target
 
 LOSS, BYTES, MS, MS_ONE_ROW = "loss", "bytes", "ms", "ms_one_row"
 
+MS_FP32 = "ms_fp32"
+"""What a site takes in fp32, whatever its treatment."""
+
 ERRORS = 2.0
 """Standard errors that what two sites do to each other must exceed to count."""
 
@@ -64,7 +67,8 @@ def options(
         costs = _costs(treatment, site, rows, target)
         if len(allowed) > 1 and any(costs[name] > exact[name] for name in (MS, MS_ONE_ROW) if name in costs):
             continue
-        found.append(Option(treatment, {LOSS: scores.loss(index, treatment), **costs}))
+        before = {MS_FP32: exact[MS]} if MS in exact else {}
+        found.append(Option(treatment, {LOSS: scores.loss(index, treatment), **costs, **before}))
     return found
 
 

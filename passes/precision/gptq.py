@@ -1,6 +1,9 @@
-"""Codes of a weight that make up for each other's rounding errors, by what calibration says of the inputs."""
+"""Codes of weights that make up for each other's rounding errors, by what calibration says of the inputs."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,52 +11,115 @@ from torch import Tensor
 from planish.formats import Quantized, spread
 
 DAMPING = 0.03
-"""Part of the mean of the diagonal that is added to it: least loss on other data of MiniLM, of 0.003 to 0.3."""
+"""Part of each input's moment that is added to it: least loss on other data of MiniLM, of 0.01 to 0.3."""
 
-BLOCK = 128
+BLOCK = 32
 """Columns whose errors are passed on to the columns after them together."""
 
+TOGETHER = 8192
+"""Rows that are rounded together: enough to keep PyTorch's calls busy, and a block of them fits the caches."""
 
-def gptq(weight: Tensor, held: Quantized, moment: Tensor) -> Tensor:
-    """Codes that keep ``x @ weight.T`` rather than the weight: each column's error is taken up by those after it.
+
+@dataclass(frozen=True)
+class Grid:
+    """A weight, and the values that it can have.
+
+    Attributes:
+        weight: fp32 [N, K].
+        held: scales and minimums of what is stored, with the nearest codes.
+        factors: what the stored values are multiplied by to stand for the weight, fp32 [K]; None for 1.
+        exact: columns that are kept as they are, int64; None for none.
+    """
+
+    weight: Tensor
+    held: Quantized
+    factors: Tensor | None = None
+    exact: Tensor | None = None
+
+
+class Compensation:
+    """How the inputs of a layer let rounding errors of its weight's columns make up for each other.
 
     before: ``codes = round((w - lowest) / step)``
     after:  the same column by column, the one of largest inputs first; then ``w_rest -= error * U[j, rest] / U[j, j]``
         with ``U' U`` the inverse of the damped moment (GPTQ, Frantar et al. 2022, with scales fixed beforehand).
 
-    Args:
-        weight: fp32 [N, K].
-        held: its scales and minimums; its codes are not looked at.
-        moment: sum of ``x x'`` over the inputs, fp32 [K, K].
-
-    Returns:
-        uint8 [N, K].
+    The damping is a part of each input's own moment, so that inputs of very different sizes are damped alike, and
+    evening them out changes nothing: one factorisation is that of all formats.
     """
-    depth = weight.shape[1]
-    order = moment.diagonal().argsort(descending=True, stable=True)
-    upper = _upper(moment[order][:, order].double()).float()
-    step, lowest = (spread(t, held.format, depth)[:, order].T.contiguous() for t in (held.steps(), held.lowest()))
-    rest = weight[:, order].T.contiguous()  # a column of the weight is a row here
-    inverse = torch.where(step == 0, 0.0, 1 / step)
-    codes = torch.empty(rest.shape)
-    highest = float((1 << held.format.bits) - 1)
-    for start in range(0, depth, BLOCK):
-        end = min(depth, start + BLOCK)
-        errors = torch.empty(end - start, rest.shape[1])
-        for j in range(start, end):
-            codes[j] = ((rest[j] - lowest[j]) * inverse[j]).round_().clamp_(0, highest)
-            errors[j - start] = (rest[j] - codes[j] * step[j] - lowest[j]) / upper[j, j]
-            if j + 1 < end:
-                rest[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
-        rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
-    found = torch.empty(weight.shape, dtype=torch.uint8)
-    found[:, order] = codes.T.to(torch.uint8)
-    return found
+
+    def __init__(self, moment: Tensor) -> None:
+        """``moment``: sum of ``x x'`` over the inputs, fp32 [K, K]."""
+        self._order = moment.diagonal().argsort(descending=True, stable=True)
+        moment = moment[self._order][:, self._order].double()
+        diagonal = moment.diagonal()
+        damping = torch.where(diagonal > 0, DAMPING * diagonal, 1.0)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + torch.diag(damping)))
+        self._upper = torch.linalg.cholesky(inverse, upper=True).float()
+
+    def codes(self, grids: Sequence[Grid]) -> list[Tensor]:
+        """The codes of some weights of the same inputs, uint8 [N, K] each."""
+        parts = [part for grid in grids for part in self._parts(grid)]
+        rows = [len(part.codes) for part in parts]
+        found: list[Tensor] = []
+        start = 0
+        while start < len(parts):
+            end = start + 1
+            while end < len(parts) and sum(rows[start : end + 1]) <= TOGETHER:
+                end += 1
+            columns = (torch.cat(c, 1) for c in zip(*(p.columns for p in parts[start:end]), strict=True))
+            highest = torch.cat([torch.full((len(p.codes),), p.highest) for p in parts[start:end]])
+            found += self._round(*columns, highest).split(rows[start:end], 1)
+            start = end
+        codes = iter(found)
+        return [torch.cat([self._in_place(next(codes), part) for part in self._parts(grid)]) for grid in grids]
+
+    def _parts(self, grid: Grid) -> Iterator[_Part]:
+        for start in range(0, len(grid.weight), TOGETHER):
+            yield _Part(grid, slice(start, start + TOGETHER), self._order)
+
+    def _in_place(self, codes: Tensor, part: _Part) -> Tensor:
+        found = part.codes.clone()
+        found[:, self._order] = codes.T.to(torch.uint8)
+        if part.grid.exact is not None:
+            found[:, part.grid.exact] = part.codes[:, part.grid.exact]
+        return found
+
+    def _round(self, rest: Tensor, step: Tensor, lowest: Tensor, highest: Tensor) -> Tensor:
+        """Codes [K, N] of columns in order; a column of the weight is a row here."""
+        depth, upper = len(rest), self._upper
+        inverse = torch.where(step == 0, 0.0, 1 / step)
+        codes, zero = torch.empty(rest.shape), torch.zeros(())
+        for start in range(0, depth, BLOCK):
+            end = min(depth, start + BLOCK)
+            errors = torch.empty(end - start, rest.shape[1])
+            for j in range(start, end):
+                codes[j] = ((rest[j] - lowest[j]) * inverse[j]).round_().clamp_(zero, highest)
+                errors[j - start] = (rest[j] - codes[j] * step[j] - lowest[j]) / upper[j, j]
+                if j + 1 < end:
+                    rest[j + 1 : end].addr_(upper[j, j + 1 : end], errors[j - start], alpha=-1)
+            rest[end:].addmm_(upper[start:end, end:].T, errors, alpha=-1)
+        return codes
 
 
-def _upper(moment: Tensor) -> Tensor:
-    """The upper triangular U with ``U' U`` the inverse of the damped moment."""
-    diagonal = moment.diagonal()
-    damping = DAMPING * float(diagonal.mean()) or 1.0
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + damping * torch.eye(len(moment)).double()))
-    return torch.linalg.cholesky(inverse, upper=True)
+class _Part:
+    """Some rows of a grid."""
+
+    def __init__(self, grid: Grid, rows: slice, order: Tensor) -> None:
+        self.grid, self._rows, self._order = grid, rows, order
+        self.codes = grid.held.codes[rows]
+        self.highest = float((1 << grid.held.format.bits) - 1)
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The weight, the distance of two values and the lowest one, [K, N] in order."""
+        grid, depth = self.grid, self.grid.weight.shape[1]
+        weight = grid.weight[self._rows]
+        step, lowest = (spread(t[self._rows], grid.held.format, depth) for t in (grid.held.steps(), grid.held.lowest()))
+        if grid.factors is not None:
+            step, lowest = step * grid.factors, lowest * grid.factors
+        if grid.exact is not None:
+            step = step.index_fill(1, grid.exact, 0.0)
+            lowest = lowest.index_copy(1, grid.exact, weight[:, grid.exact])
+        weight, step, lowest = (t[:, self._order].T.contiguous() for t in (weight, step, lowest))
+        return weight, step, lowest

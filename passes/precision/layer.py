@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,54 +12,37 @@ from planish.conv_ops import CONVOLUTION_LAST, Convolution
 from planish.ops import LINEAR, VIEWS, has_constant_weight
 from planish.program import Program, constant
 
+DEPTHWISE = "depthwise convolution"
+
 LEAST_DEPTH = 32
 """Fewest input features of a layer: with less, turning rows into codes costs more than the products save."""
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer with a constant weight.
+class Matrix:
+    """The weight of a layer, apart from the graph.
 
     Attributes:
-        node: its op.
-        name: where it is in the model: ``encoder.layer.0.output.dense``.
         weight: fp32 [N, K]; of a convolution K is [window..., C / groups].
-        bias: of N features, or None.
-        depthwise: whether each feature has an input channel of its own.
+        channels: size of the input's last axis, C; K of a linear layer.
+        kind: as reports call it: ``linear``, ``convolution``, ``depthwise convolution``.
+        window: of a convolution; empty for a linear layer.
     """
 
-    node: fx.Node
-    name: str
     weight: Tensor
-    bias: fx.Node | None
-    depthwise: bool = False
+    channels: int
+    kind: str = "linear"
+    window: tuple[int, ...] = ()
 
     @property
-    def is_head(self) -> bool:
-        """Whether the model returns the layer's result or a view of it."""
-        return returns(self.node)
-
-    @staticmethod
-    def of(program: Program, node: fx.Node) -> Layer:
-        """The layer that a linear or ``planish::convolution`` node computes."""
-        weight = constant(program.module, node.args[1]).detach().float()  # pyright: ignore
-        name = program.path(node.args[1]).removesuffix(".weight")  # pyright: ignore
-        bias: Any = node.args[2] if len(node.args) > 2 else None
-        if node.target is not CONVOLUTION_LAST:
-            return Layer(node, name, weight, bias)
-        return Layer(node, name, weight.movedim(1, -1).flatten(1), bias, Convolution.of(node).is_depthwise)
+    def is_linear(self) -> bool:
+        """Whether it has no window."""
+        return not self.window
 
     @property
-    def kind(self) -> str:
-        """As reports call it."""
-        if self.depthwise:
-            return "depthwise convolution"
-        return "convolution" if self.node.target is CONVOLUTION_LAST else "linear"
-
-    @property
-    def channels(self) -> int:
-        """Size of the input's last axis."""
-        return int(self.node.args[0].meta["val"].shape[-1])  # pyright: ignore
+    def depthwise(self) -> bool:
+        """Whether each feature has an input channel of its own."""
+        return self.kind == DEPTHWISE
 
     def by_channel(self) -> Tensor:
         """What each input channel is multiplied by, [products, C]."""
@@ -76,6 +59,50 @@ class Layer:
         if self.depthwise:
             return weight.sum(1) * mean
         return weight.unflatten(1, (-1, self.channels)).sum(1) @ mean
+
+    def as_argument(self, weight: Tensor) -> Tensor:
+        """Another weight [N, K] in the shape that the layer's op takes: [N, C / groups, window...]."""
+        if self.is_linear:
+            return weight
+        return weight.unflatten(1, (*self.window, -1)).movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Layer(Matrix):
+    """A layer with a constant weight.
+
+    Attributes:
+        node: its op.
+        name: where it is in the model: ``encoder.layer.0.output.dense``.
+        bias: of N features, or None.
+    """
+
+    node: fx.Node = field(kw_only=True)
+    name: str = field(kw_only=True)
+    bias: fx.Node | None = field(kw_only=True)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether the model returns the layer's result or a view of it."""
+        return returns(self.node)
+
+    @property
+    def matrix(self) -> Matrix:
+        """Without its place in the graph."""
+        return Matrix(self.weight, self.channels, self.kind, self.window)
+
+    @staticmethod
+    def of(program: Program, node: fx.Node) -> Layer:
+        """The layer that a linear or ``planish::convolution`` node computes."""
+        weight = constant(program.module, node.args[1]).detach().float()  # pyright: ignore
+        name = program.path(node.args[1]).removesuffix(".weight")  # pyright: ignore
+        bias: Any = node.args[2] if len(node.args) > 2 else None
+        channels = int(node.args[0].meta["val"].shape[-1])  # pyright: ignore
+        if node.target is not CONVOLUTION_LAST:
+            return Layer(weight, channels, node=node, name=name, bias=bias)
+        kind = DEPTHWISE if Convolution.of(node).is_depthwise else "convolution"
+        rows = weight.movedim(1, -1).flatten(1)
+        return Layer(rows, channels, kind, tuple(weight.shape[2:]), node=node, name=name, bias=bias)
 
 
 def returns(node: fx.Node) -> bool:

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from planish.budget import Budget
 from planish.errors import BudgetError, CalibrationError
+from planish.passes.precision.cache import load_scores, save_scores, scores_file
 from planish.passes.precision.choice import allowed_treatments, choose, explain
 from planish.passes.precision.columns import options
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.rewrite import Rewriter
-from planish.passes.precision.sensitivity import MEASURED_SAMPLES, Sample, Scores, measure, probe, refine, split
+from planish.passes.precision.sensitivity import (
+    MEASURED_SAMPLES,
+    Sample,
+    Scores,
+    measure,
+    probe,
+    refine,
+    split,
+)
+from planish.passes.precision.simulation import Simulation
 from planish.passes.precision.sites import Site, find_sites
+from planish.passes.precision.swaps import selection, swap
 from planish.pipeline import Note, Pass, Result
 from planish.program import Program
 from planish.rules import remove_dead
@@ -34,6 +46,9 @@ class QuantizeMixed(Pass):
         measure: ``"kl"`` or ``"cosine"``; empty for KL where an output is a linear layer's, logits, else the cosine.
         deadline: seconds that probing may take, and then solving.
         seed: of the probes.
+        cache: keep scores for later compiles of the same model with the same data, and use those that were kept.
+        executor: where weights are rounded, layers probed and measured, and sizes solved for, such as Dask's
+            ``client.get_executor()``; None for here. The assignment is the same.
     """
 
     budget: Budget | None = None
@@ -42,6 +57,8 @@ class QuantizeMixed(Pass):
     measure: str = ""
     deadline: float = 600.0
     seed: int = 0
+    cache: bool = True
+    executor: Executor | None = field(default=None, compare=False, repr=False)
 
     name: ClassVar[str] = "quantize-mixed"
     needs: ClassVar[frozenset[str]] = frozenset({"canonical"})
@@ -81,29 +98,44 @@ class _Work:
         allowed = allowed_treatments(sites, self.options.pin)
         loss, samples = Loss.of(self.program, self.options.measure or None), split(self.program)
         searched = [replace(s, treatments=tuple(t for t in a if t.format)) for s, a in zip(sites, allowed, strict=True)]
-        scores = self._score(searched, loss, samples)
-        self._say_scores(sites, scores, len(samples))
+        simulation = Simulation.of(self.program, searched, [s.half for s in samples], self.options.executor)
+        probed, kept = selection(samples)
+        scores = self._score(simulation, searched, loss, probed)
         batches = len(self.program.calibration)
         by_site = [
             options(i, site, channels[i], batches, scores, allowed[i], self.target) for i, site in enumerate(sites)
         ]
-        found = choose(sites, by_site, scores, self.options.budget, self.options.deadline)
-        treatments = dict(enumerate(found.treatments))
-        measured = measure(self.program, treatments, sites, loss, samples[:MEASURED_SAMPLES])
+        found = choose(sites, by_site, scores, self.options.budget, self.options.deadline, self.options.executor)
+        solution, swaps = swap(found.blocks, found.solution, found.minimised, found.limits, simulation, loss, kept)
+        found = replace(found, solution=solution)
+        self.result.notes += [Note.at(QuantizeMixed.name, sites[0].layers[0].node, text) for text in swaps]
+        measured = measure(simulation, dict(enumerate(found.treatments)), loss, samples[:MEASURED_SAMPLES])
         self.program.assignment = explain(sites, by_site, scores, found, loss, measured)
         rewriter = Rewriter(self.program, QuantizeMixed.name, self.result)
         for site, treatment in zip(sites, found.treatments, strict=True):
             if treatment.format is not None:
                 rewriter.quantise_all([la.node for la in site.layers], treatment.format, site.operands[treatment])
 
-    def _score(self, sites: Sequence[Site], loss: Loss, samples: Sequence[Sample]) -> Scores:
-        deadline = self.options.deadline
-        scores = probe(self.program, sites, loss, samples, deadline=deadline, seed=self.options.seed)
-        return refine(scores, self.program, sites, loss, samples, deadline=deadline - scores.seconds)
+    def _score(self, simulation: Simulation, sites: Sequence[Site], loss: Loss, samples: Sequence[Sample]) -> Scores:
+        """Scores of the treatments: kept ones, or by probing and measuring."""
+        file = scores_file(self.program, sites, loss, self.options.seed)
+        scores = load_scores(file) if self.options.cache else None
+        was_kept = scores is not None
+        if scores is None:
+            deadline, executor = self.options.deadline, self.options.executor
+            scores = probe(simulation, loss, samples, deadline=deadline, seed=self.options.seed, executor=executor)
+            left = deadline - scores.seconds
+            scores = refine(scores, simulation, sites, loss, samples, deadline=left, executor=executor)
+            if self.options.cache and scores.complete and scores.measured:
+                save_scores(file, scores)
+        self._say_scores(sites, scores, len(samples), was_kept)
+        return scores
 
-    def _say_scores(self, sites: Sequence[Site], scores: Scores, wanted: int) -> None:
+    def _say_scores(self, sites: Sequence[Site], scores: Scores, wanted: int, was_kept: bool) -> None:
         """What the assignment's figures rest on."""
         ended = "" if scores.complete else f": the deadline of {self.options.deadline:g} s ended it"
         text = f"{len(scores.sums)} scores from {scores.samples} of {wanted} inputs{ended}"
-        text += f", {len(scores.measured)} of them measured directly"
+        text += (
+            f", {len(scores.measured)} of them measured directly{', kept from an earlier compile' if was_kept else ''}"
+        )
         self.result.notes.append(Note.at(QuantizeMixed.name, sites[0].layers[0].node, text))

@@ -38,18 +38,10 @@ class Operand:
         even = self._without_outliers(self.channels.largest * self._factors)
         return float(even.max().clamp_min(torch.finfo(torch.float32).tiny * LARGEST_CODE)) / LARGEST_CODE
 
-    def moment(self, without: int | None = None) -> Tensor | None:
-        """Sum of ``x x'`` over calibration, of x as it becomes codes, [K, K]; None where it is not known.
-
-        Args:
-            without: half of the batches to leave out, if there are others: 0 for the first, third, ..., or 1.
-        """
-        if self.channels.moments is None:
-            return None
-        moments = self.channels.moments
-        chosen = moments.sum(0) if without is None or not moments[1 - without].any() else moments[1 - without]
-        even = self._without_outliers(self._factors)
-        return even[:, None] * chosen * even
+    def bare(self, *, moments: bool = False) -> Operand:
+        """Without the sample of the data, and without moments unless they are asked for."""
+        channels = replace(self.channels, parts=[], moments=self.channels.moments if moments else None)
+        return replace(self, channels=channels)
 
     @property
     def _factors(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,14 +13,11 @@ from planish.conv_ops import CONVOLUTION_LAST, Convolution
 from planish.formats import LARGEST_CODE, Format, Quantized, quantise
 from planish.ops import LINEAR, QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, aten
 from planish.passes.precision.calibration import Channels
-from planish.passes.precision.gptq import gptq
+from planish.passes.precision.codes import held_weights, rounded_weight
 from planish.passes.precision.layer import Layer
 from planish.passes.precision.operand import Operand
 from planish.pipeline import Note, Refusal, Result
 from planish.program import Program, add_constant, constant
-
-EXACT_BITS = 8
-"""Of codes that have next to no errors."""
 
 NOTABLE = 20.0
 """A channel this many times as large as the median channel is an outlier that is reported (LLM.int8)."""
@@ -105,7 +102,7 @@ class Rewriter:
     def _store(self, name: str, layer: Layer, form: Format, operand: Operand | None) -> list[str | None]:
         """Constants of a weight: what a format holds, outliers and their weights; None for what there is not."""
         outliers = None if operand is None else operand.outliers
-        held = held_weight(layer, form, operand, per_tensor=self.per_tensor)
+        ((held,),) = held_weights([layer], [(form, operand)], per_tensor=self.per_tensor)
         values = {**held.stored, "outliers": outliers}
         values["outlier_weight"] = None if outliers is None else layer.weight[:, outliers].T.contiguous()
         stem = name.replace(".", "_")
@@ -162,44 +159,3 @@ class Rewriter:
             new = graph.call_function(aten.add.Tensor, (value, lowest))
         node.replace_all_uses_with(new)
         self.result.rewrites[f"embedding as {form.name}"] += 1
-
-
-def held_weight(
-    layer: Layer, form: Format, operand: Operand | None, *, per_tensor: bool = False, without: int | None = None
-) -> Quantized:
-    """The codes of a layer's weight: of what its evened-out input is multiplied by, 0 at outliers.
-
-    With calibration, those of a linear layer make up for each other's errors, unless they have 8 bits.
-
-    Args:
-        layer: with the weight.
-        form: of weight and input.
-        operand: what calibration says of the layer's input.
-        per_tensor: one scale for all of the weight.
-        without: half of the calibration batches that the codes are not to know; see ``Operand.moment``.
-    """
-    weight = layer.weight
-    if operand is not None and operand.equaliser is not None:
-        weight = layer.times(weight, 1 / operand.equaliser)
-    if operand is not None and operand.outliers is not None:
-        weight = weight.index_fill(1, operand.outliers, 0.0)
-    held = quantise(weight, form.weight, one_scale=per_tensor)
-    if operand is None or not knows_inputs(layer, form):
-        return held
-    moment = operand.moment(without)
-    return held if moment is None else replace(held, codes=gptq(weight, held, moment))
-
-
-def knows_inputs(layer: Layer, form: Format) -> bool:
-    """Whether the codes of a layer's weight depend on its inputs in calibration."""
-    return form.weight.bits < EXACT_BITS and layer.node.target is LINEAR
-
-
-def rounded_weight(layer: Layer, held: Quantized, operand: Operand | None) -> Tensor:
-    """What the layer's own input is multiplied by in effect, fp32 [N, K]: outliers by their exact weights."""
-    rounded = held.dequantise()
-    if operand is not None and operand.equaliser is not None:
-        rounded = layer.times(rounded, operand.equaliser)
-    if operand is not None and operand.outliers is not None:
-        rounded = rounded.index_copy(1, operand.outliers, layer.weight[:, operand.outliers])
-    return rounded

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from planish.assignment import covers
 from planish.conv_ops import CONVOLUTION_LAST
@@ -86,8 +87,19 @@ def find_sites(
         operands = {
             t: Operand.of(seen, weights, t.format, t.outliers, equalise=not images) for t in treatments if t.format
         }
-        sites.append(Site(tuple(group), treatments, operands))
+        sites.append(Site(tuple(group), treatments, _sharing_equalisers(operands)))
     return sites, [channels[site.layers[0].node] for site in sites]
+
+
+def _sharing_equalisers(operands: Mapping[Treatment, Operand]) -> dict[Treatment, Operand]:
+    """The same with one tensor for equal equalisers, so that what they make of an input is computed once."""
+    known: dict[bytes, Tensor] = {}
+    return {
+        treatment: operand
+        if operand.equaliser is None
+        else replace(operand, equaliser=known.setdefault(operand.equaliser.numpy().tobytes(), operand.equaliser))
+        for treatment, operand in operands.items()
+    }
 
 
 def _suits(form: str, layer: Layer) -> bool:

@@ -1,0 +1,80 @@
+"""What the weights of layers are stored as: the codes of each format, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from planish.formats import Format, Quantized, quantise
+from planish.passes.precision.gptq import Compensation, Grid
+from planish.passes.precision.layer import Matrix
+from planish.passes.precision.operand import Operand
+
+EXACT_BITS = 8
+"""Of codes that have next to no errors."""
+
+
+def held_weights(
+    layers: Sequence[Matrix],
+    ways: Sequence[tuple[Format, Operand | None]],
+    *,
+    per_tensor: bool = False,
+    without: int | None = None,
+) -> list[list[Quantized]]:
+    """The codes of layers' weights: of what their evened-out input is multiplied by, 0 at outliers.
+
+    With calibration, those of a linear layer make up for each other's errors, unless they have 8 bits.
+
+    Args:
+        layers: that read one value.
+        ways: formats, with what calibration says of the value.
+        per_tensor: one scale for all of a weight.
+        without: half of the calibration batches that the codes are not to know; see ``Channels.moment``.
+
+    Returns:
+        For each way those of each layer.
+    """
+    found = [[_nearest(layer, form, operand, per_tensor) for layer in layers] for form, operand in ways]
+    fitted = [
+        (way, i)
+        for way, (form, operand) in enumerate(ways)
+        for i, layer in enumerate(layers)
+        if operand is not None and operand.channels.moments is not None and knows_inputs(layer, form)
+    ]
+    if not fitted:
+        return found
+    channels = next(operand.channels for _, operand in ways if operand is not None)
+    grids: list[Grid] = []
+    for way, i in fitted:
+        operand = ways[way][1]
+        assert operand is not None
+        grids.append(Grid(layers[i].weight, found[way][i], operand.equaliser, operand.outliers))
+    for (way, i), codes in zip(fitted, Compensation(channels.moment(without)).codes(grids), strict=True):
+        found[way][i] = replace(found[way][i], codes=codes)
+    return found
+
+
+def _nearest(layer: Matrix, form: Format, operand: Operand | None, per_tensor: bool) -> Quantized:
+    weight = layer.weight
+    if operand is not None and operand.equaliser is not None:
+        weight = layer.times(weight, 1 / operand.equaliser)
+    if operand is not None and operand.outliers is not None:
+        weight = weight.index_fill(1, operand.outliers, 0.0)
+    return quantise(weight, form.weight, one_scale=per_tensor)
+
+
+def knows_inputs(layer: Matrix, form: Format) -> bool:
+    """Whether the codes of a layer's weight depend on its inputs in calibration."""
+    return form.weight.bits < EXACT_BITS and layer.is_linear
+
+
+def rounded_weight(layer: Matrix, held: Quantized, operand: Operand | None) -> Tensor:
+    """What the layer's own input is multiplied by in effect, fp32 [N, K]: outliers by their exact weights."""
+    rounded = held.dequantise()
+    if operand is not None and operand.equaliser is not None:
+        rounded = layer.times(rounded, operand.equaliser)
+    if operand is not None and operand.outliers is not None:
+        rounded = rounded.index_copy(1, operand.outliers, layer.weight[:, operand.outliers])
+    return rounded
