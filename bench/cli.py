@@ -112,10 +112,11 @@ def perplexity(
 def precision(
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
     threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads of PyTorch")] = None,
-    seeds: Annotated[int, typer.Option("--seeds", min=1, help="draws of documents and probes")] = 3,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="draws of inputs and probes")] = 3,
+    only: Annotated[str | None, typer.Option("--only", metavar="NAMES", help="models, separated by commas")] = None,
 ) -> None:
-    """How well scores foretell the loss of MiniLM's layers in few bits, and what assignments by them lose."""
-    _measure("planish.bench.precision", json, threads, seeds)
+    """How well scores foretell the loss of models' layers in few bits, and what assignments by them lose."""
+    _measure("planish.bench.precision", json, threads, seeds, only=_names(only))
 
 
 def _width() -> int | None:

@@ -14,6 +14,7 @@ import torch
 from planish import models
 from planish.bench.result import BenchResult
 from planish.capture import capture
+from planish.errors import UnknownNameError
 from planish.models.base import Batch, LoadedModel
 from planish.models.embedding import embed
 from planish.passes import QUANTISERS, default_pipeline, resolve
@@ -46,16 +47,15 @@ COMPENSATED = "Gauss-Newton, GPTQ"
 UNIFORM = ("w3-g32", "w4-g128", "w4-g32", "w5-g32")
 
 BITS = (3.0, 4.0, 4.5)
-"""Bytes of the assignments, as bits of a weight with scales."""
+"""Bytes of the assignments, as bits of a weight with scales; besides those of ``UNIFORM``."""
+
+FEWEST = 5
+"""Measured treatments that a figure of agreement is made from."""
 
 MANY_BITS = 4
 """Treatments of so many bits are those of which a score should be right by a tenth."""
 
 SEEDS = 3
-DOCUMENTS = 48
-"""That scores are made from, and as many others that assignments are measured on."""
-
-MAX_LEN = 256
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,13 @@ class Options:
 
     Attributes:
         threads: of PyTorch.
-        rounds: seeds: of the probes and of the choice of documents.
+        rounds: seeds: of the probes and of the choice of inputs.
+        only: names of ``SUBJECTS``; empty for all.
     """
 
     threads: int
     rounds: int = SEEDS
+    only: tuple[str, ...] = ()
 
 
 class Embedder(torch.nn.Module):
@@ -85,9 +87,30 @@ class Embedder(torch.nn.Module):
 
 
 @dataclass(frozen=True)
+class Subject:
+    """A model whose layers are scored.
+
+    Attributes:
+        inputs: that scores are made from; the assignments are judged by as many others.
+        max_len: of documents, in tokens.
+        formats: that layers are tried in.
+        is_measured: whether all treatments are measured directly, or those only that refining measures.
+    """
+
+    inputs: int
+    max_len: int
+    formats: tuple[str, ...] = WEIGHTS
+    is_measured: bool = True
+
+
+SUBJECTS = {"minilm": Subject(48, 256), "smollm2": Subject(8, 128, is_measured=False)}
+
+
+@dataclass(frozen=True)
 class Case:
     """A model's sites, with inputs to score them by and others to judge by."""
 
+    subject: Subject
     simulation: Simulation
     sites: Sequence[Site]
     loss: Loss
@@ -102,46 +125,54 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         options: what to run.
         compile_model: not used: scores and losses are of PyTorch's arithmetic.
         log: told the name of each phase.
+
+    Raises:
+        UnknownNameError: a name is not in ``SUBJECTS``.
     """
     torch.set_num_threads(options.threads)
-    loaded = models.load("minilm")
+    if unknown := [name for name in options.only if name not in SUBJECTS]:
+        raise UnknownNameError(f"no model {unknown[0]!r} to score", fix="use some of: " + ", ".join(SUBJECTS))
     rows, scorers = list[dict[str, Any]](), list[dict[str, Any]]()
-    for seed in range(options.rounds):
-        log(f"minilm, seed {seed}: scores")
-        case = _case(loaded, seed)
-        found = _scorers(case, seed)
-        scorers += [
-            {"seed": seed, "scorer": one.name, "seconds": one.seconds, **_agreement(one, found[-1])} for one in found
-        ]
-        log(f"minilm, seed {seed}: assignments on other documents")
-        rows += _assignments(case, found, seed)
-        log(f"minilm, seed {seed}: the same with codes by GPTQ")
-        case = _case(loaded, seed, compensate=True)
-        scores = probe(case.simulation, case.loss, case.samples, seed=seed)
-        rows += _assignments(case, [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)], seed)
+    for name in options.only or SUBJECTS:
+        loaded = models.load(name)
+        for seed in range(options.rounds):
+            facts = {"model": name, "seed": seed}
+            log(f"{name}, seed {seed}: scores")
+            case = _case(loaded, SUBJECTS[name], seed)
+            found, direct = _scorers(case, seed)
+            of_one = [{"scorer": one.name, "seconds": one.seconds, **_agreement(one, direct)} for one in found]
+            scorers += [facts | row for row in of_one]
+            log(f"{name}, seed {seed}: assignments on other inputs")
+            rows += [facts | row for row in _assignments(case, found)]
+            log(f"{name}, seed {seed}: the same with codes by GPTQ")
+            case = _case(loaded, SUBJECTS[name], seed, compensate=True)
+            scores = probe(case.simulation, case.loss, case.samples, seed=seed)
+            compensated = [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)]
+            rows += [facts | row for row in _assignments(case, compensated)]
     extra = {"scorers": scorers, "assignments": rows, "formats": list(WEIGHTS)}
     return BenchResult("precision", options.threads, {}, [], [], [], extra)
 
 
-def _case(loaded: LoadedModel, seed: int, *, compensate: bool = False) -> Case:
-    """MiniLM's sites, and two sets of documents drawn by the seed; codes are plainly rounded unless ``compensate``."""
-    documents = loaded.data.batches(300, 1, MAX_LEN)
-    random.Random(seed).shuffle(documents)
-    parts = documents[:DOCUMENTS], documents[DOCUMENTS : 2 * DOCUMENTS]
-    program, _ = capture(Embedder(loaded.model).eval(), loaded.inputs, loaded.dynamic)
+def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool = False) -> Case:
+    """A model's sites, and two sets of inputs drawn by the seed; codes are plainly rounded unless ``compensate``."""
+    inputs = loaded.data.batches(300, 1, subject.max_len)
+    random.Random(seed).shuffle(inputs)
+    parts = inputs[: subject.inputs], inputs[subject.inputs : 2 * subject.inputs]
+    model = Embedder(loaded.model).eval() if loaded.name == "minilm" else loaded.model
+    program, _ = capture(model, loaded.inputs, loaded.dynamic)
     passes = default_pipeline(QuantizeMixed())
     before = resolve(passes[: [getattr(p, "name", p) in QUANTISERS for p in passes].index(True)])
     program, _ = run_pipeline(program, before, Target.host())
     names = [spec.name for spec in program.inputs]
     program.calibration, others = (tuple(_flat(names, part)) for part in parts)
-    sites, _ = find_sites(program, QuantizeMixed.name, Result(), WEIGHTS)
+    sites, _ = find_sites(program, QuantizeMixed.name, Result(), subject.formats)
     if not compensate:
         for site in sites:
             for operand in site.operands.values():
                 operand.channels.moments = None
     samples = split(program)
     simulation = Simulation.of(program, sites, [None, *(s.half for s in samples)])
-    return Case(simulation, sites, Loss.of(program), samples, [Sample(tensors) for tensors in others])
+    return Case(subject, simulation, sites, Loss.of(program), samples, [Sample(tensors) for tensors in others])
 
 
 def _flat(names: Sequence[str], batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
@@ -168,23 +199,25 @@ class Scorer:
     scores: Scores | None = None
 
 
-def _scorers(case: Case, seed: int) -> list[Scorer]:
-    """All of them; the last one measures every treatment directly."""
+def _scorers(case: Case, seed: int) -> tuple[list[Scorer], Losses]:
+    """All of them, and what was measured directly: where that is everything, it is the last scorer."""
     data = (case.simulation, case.loss, case.samples)
     plain = probe(*data, seed=seed)
     refined = refine(plain, case.simulation, case.sites, case.loss, case.samples)
     fisher = probe(*data, seed=seed, contract=diagonal_fisher)
     weights = {(i, t): _weight_error(site, t) for i, site in enumerate(case.sites) for t in site.treatments}
-    start = time.perf_counter()
-    direct = measure_each(*data, list(plain.sums))
-    return [
+    found = [
         Scorer("weight error", weights, None),
         Scorer("diagonal Fisher", _losses(fisher), fisher.seconds),
         Scorer("Gauss-Newton", _losses(plain), plain.seconds),
         Scorer("Gauss-Newton, refined", _losses(refined), refined.seconds),
         Scorer("Gauss-Newton, refined, pairs", _losses(refined), refined.seconds, refined),
-        Scorer("direct", direct, time.perf_counter() - start),
     ]
+    if not case.subject.is_measured:
+        return found, refined.measured
+    start = time.perf_counter()
+    direct = measure_each(*data, list(plain.sums))
+    return [*found, Scorer("direct", direct, time.perf_counter() - start)], direct
 
 
 def _losses(scores: Scores) -> Losses:
@@ -201,22 +234,24 @@ def _weight_error(site: Site, treatment: Treatment) -> float:
     return total
 
 
-def _agreement(scorer: Scorer, direct: Scorer) -> dict[str, Any]:
+def _agreement(scorer: Scorer, direct: Losses) -> dict[str, Any]:
     """Rank correlation with what was measured, within each format and over all, and the median ratio to it."""
     from scipy.stats import spearmanr  # pyright: ignore
 
     def rank(keys: Sequence[tuple[int, Treatment]]) -> float:
-        return float(spearmanr([scorer.losses[k] for k in keys], [direct.losses[k] for k in keys]).statistic)
+        return float(spearmanr([scorer.losses[k] for k in keys], [direct[k] for k in keys]).statistic)
 
-    keys = list(direct.losses)
-    within = {form: rank([k for k in keys if k[1].name == form]) for form in WEIGHTS}
-    many = [k for k in keys if k[1].format is not None and k[1].format.weight.bits >= MANY_BITS]
-    ratio = statistics.median(scorer.losses[k] / direct.losses[k] for k in many)
-    return {"spearman": rank(keys), "spearman_within": within, "ratio_at_many_bits": ratio}
+    by_form: dict[str, list[tuple[int, Treatment]]] = {}
+    for key in direct:
+        by_form.setdefault(key[1].name, []).append(key)
+    within = {form: rank(keys) for form, keys in by_form.items() if len(keys) >= FEWEST}
+    many = [k for k in direct if k[1].format is not None and k[1].format.weight.bits >= MANY_BITS]
+    ratio = statistics.median(scorer.losses[k] / direct[k] for k in many) if len(many) >= FEWEST else None
+    return {"spearman": rank(list(direct)), "spearman_within": within, "ratio_at_many_bits": ratio}
 
 
-def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[str, Any]]:
-    """For each scorer and size the assignment's loss on the other documents; and that of one format for all."""
+def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
+    """For each scorer and size the assignment's loss on the other inputs; and that of one format for all."""
     suffix = ", GPTQ" if scorers[0].name == COMPENSATED else ""
     weights = sum(layer.weight.numel() for site in case.sites for layer in site.layers)
     rows: list[dict[str, Any]] = []
@@ -225,17 +260,17 @@ def _assignments(case: Case, scorers: Sequence[Scorer], seed: int) -> list[dict[
         nbytes = sum(_nbytes(site, treatment) for site in case.sites)
         everywhere = dict.fromkeys(range(len(case.sites)), treatment)
         loss = measure(case.simulation, everywhere, case.loss, case.held_out)
-        rows.append({"seed": seed, "scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
+        rows.append({"scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
+    sizes = sorted({*BITS, *(row["bits"] for row in rows)})
     for scorer in scorers:
         blocks = _blocks(case, scorer)
-        for bits in BITS:
-            found = solve(blocks, LOSS, {BYTES: bits / 8 * weights})
+        for bits in sizes:
+            found = solve(blocks, LOSS, {BYTES: bits / 8 * weights + 0.5})
             names = [name for column in found.chosen for name in column.choices]
             chosen = {i: Treatment.parse(name) for i, name in enumerate(names)}
             loss = measure(case.simulation, chosen, case.loss, case.held_out)
             rows.append(
                 {
-                    "seed": seed,
                     "scorer": scorer.name,
                     "bits": bits,
                     "predicted": found.value if scorer.losses and scorer.seconds is not None else None,

@@ -88,36 +88,36 @@ def show_families(result: dict[str, Any], console: Console) -> None:
 
 def _show_precision(result: dict[str, Any], console: Console) -> None:
     """Scorers against what was measured, and the assignments made from them; each figure the mean over the seeds."""
-    by_scorer: dict[str, list[dict[str, Any]]] = {}
+    by_scorer: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in result["scorers"]:
-        by_scorer.setdefault(row["scorer"], []).append(row)
+        by_scorer.setdefault((row["model"], row["scorer"]), []).append(row)
     cells = [
         (
-            name,
+            *names,
             _mean(rows, lambda r: r["seconds"], ".1f"),
             _mean(rows, lambda r: r["spearman"], ".3f"),
             _mean(rows, lambda r: min(r["spearman_within"].values()), ".3f"),
             _mean(rows, lambda r: r["ratio_at_many_bits"], ".3f"),
         )
-        for name, rows in by_scorer.items()
+        for names, rows in by_scorer.items()
     ]
-    console.print(
-        _table(("scorer", "s", "Spearman", "least within a format", "predicted / measured, from 4 bits"), cells)
-    )
-    by_plan: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    columns = ("model", "scorer", "s", "Spearman", "least within a format", "predicted / measured, from 4 bits")
+    console.print(_table(columns, cells))
+    by_plan: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
     for row in result["assignments"]:
-        by_plan.setdefault((row["scorer"], round(row["bits"], 2)), []).append(row)
+        by_plan.setdefault((row["model"], row["scorer"], round(row["bits"], 2)), []).append(row)
     cells = [
         (
+            model,
             name,
             f"{bits:.2f}",
             _mean(rows, lambda r: r.get("predicted"), ".4f"),
             _mean(rows, lambda r: r["held_out"], ".4f"),
             " ".join(f"{r['held_out']:.4f}" for r in rows),
         )
-        for (name, bits), rows in by_plan.items()
+        for (model, name, bits), rows in by_plan.items()
     ]
-    console.print(_table(("scorer", "bits", "predicted", "held-out loss", "of each seed"), cells))
+    console.print(_table(("model", "scorer", "bits", "predicted", "held-out loss", "of each seed"), cells))
 
 
 def _mean(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float | None], form: str) -> str:

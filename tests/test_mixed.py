@@ -326,7 +326,10 @@ def test_swaps_are_decided_by_inputs_that_are_kept() -> None:
             tuple(
                 Column(
                     (t.name,),
-                    {"loss": 0.1 * (t.name == "w3a8-g32") * (i != head), "bytes": float(t.format.weight.bits)},
+                    {
+                        "loss": (t.name == "w3a8-g32") * (0.01 if i == head else 0.1),
+                        "bytes": float(t.format.weight.bits),
+                    },
                 )
                 for t in site.treatments
             ),

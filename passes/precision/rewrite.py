@@ -97,7 +97,7 @@ class Rewriter:
         node.replace_all_uses_with(new)
         self.result.rewrites[f"{layer.kind} as {form.name}"] += 1
         if operand is not None:
-            self._report(new, operand.channels, outliers)
+            self._report(new, layer.name, operand.channels, outliers)
 
     def _store(self, name: str, layer: Layer, form: Format, operand: Operand | None) -> list[str | None]:
         """Constants of a weight: what a format holds, outliers and their weights; None for what there is not."""
@@ -121,7 +121,7 @@ class Rewriter:
             lost = lost + constant(module, layer.bias)
         return module.graph.get_attr(self._add(f"{layer.node.name}_corrected_bias", lost.contiguous()))
 
-    def _report(self, node: fx.Node, channels: Channels, outliers: Tensor | None) -> None:
+    def _report(self, node: fx.Node, name: str, channels: Channels, outliers: Tensor | None) -> None:
         """A note on a layer whose input has a channel far above the others."""
         ratio = channels.against_median()
         channel = int(ratio.argmax())
@@ -131,7 +131,7 @@ class Rewriter:
         later = channels.later[channel] / channels.largest[channel]
         where = "at first tokens only" if later < 0.5 else "at all tokens"
         text = (
-            f"channel {channel} of its input reaches {channels.largest[channel]:.3g}, {ratio[channel]:.1f} times the "
+            f"{name}: channel {channel} of its input reaches {channels.largest[channel]:.3g}, {ratio[channel]:.1f} times the "
             f"median channel, {where}{kept}"
         )
         self.result.notes.append(Note.at("outlier", node, text))

@@ -89,7 +89,8 @@ def _candidates(
     for i, (b, column, change) in enumerate(moves):
         for other, second, more in ((b, column, dict.fromkeys(change, 0.0)), *moves[i + 1 :]):
             fits = all(change[name] + more[name] <= left[name] for name in limits)
-            if fits and (other != b or second is column):
+            gains = min(change["loss"], more["loss"]) < 0  # for less loss one of the two must have less
+            if fits and gains and (other != b or second is column):
                 swapped = list(chosen)
                 swapped[b], swapped[other] = column, second
                 found.append((change["loss"] + more["loss"], tuple(swapped)))
