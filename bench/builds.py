@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from planish.budget import Budget
-from planish.models.base import LoadedModel
+from planish.models.base import Batch, LoadedModel
 from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
 
@@ -54,9 +54,13 @@ def compile_integer(compile_model: Callable[..., Any], loaded: LoadedModel) -> d
     """The model in each of ``INTEGER``'s builds, and in formats chosen layer by layer."""
     inputs, dynamic = loaded.inputs, loaded.dynamic
     found = {name: compile_model(loaded.model, inputs, dynamic=dynamic, **how) for name, how in INTEGER.items()}
-    documents = loaded.data.batches(TIMED_DOCUMENTS + CALIBRATION_DOCUMENTS, ROWS)
-    how = {"budget": MIXED_BUDGET, "calibration": documents[TIMED_DOCUMENTS // ROWS :]}
+    how = {"budget": MIXED_BUDGET, "calibration": calibration_batches(loaded)}
     return {**found, MIXED: compile_model(loaded.model, inputs, dynamic=dynamic, **how)}
+
+
+def calibration_batches(loaded: LoadedModel) -> list[Batch]:
+    """Documents after those that are timed, in batches."""
+    return loaded.data.batches(TIMED_DOCUMENTS + CALIBRATION_DOCUMENTS, ROWS)[TIMED_DOCUMENTS // ROWS :]
 
 
 def compile_images(compile_model: Callable[..., Any], loaded: LoadedModel) -> dict[str, Any]:

@@ -10,8 +10,17 @@ from typing import Any
 import torch
 
 from planish import models
+from planish.assignment import Assignment
 from planish.bench import MIN_ROUNDS, limits, memory, overhead
-from planish.bench.builds import PACKED, PADDED, compile_integer, compile_padded, compile_twice
+from planish.bench.builds import (
+    MIXED,
+    PACKED,
+    PADDED,
+    calibration_batches,
+    compile_integer,
+    compile_padded,
+    compile_twice,
+)
 from planish.bench.contest import Contest, contest
 from planish.bench.int8_peers import ONNXRUNTIME_INT8, TORCH_INT8, onnxruntime, torch_dynamic
 from planish.bench.kernels import gemm_rows, kernel_rows, with_shares
@@ -92,6 +101,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             "memory": {**compiled.memory(batches[0]), "peak_rss": peaks},
             "inductor": found.mode,
             "peers": {name: peer.mode for name, peer in others.items() if isinstance(peer, Peer)},
+            "predicted_ms": _predicted(loaded, ours[MIXED].assignment, batches, rows),
         }
     return BenchResult("encoder", options.threads, limits_found, rows, kernels, found.absent, extra)
 
@@ -100,6 +110,25 @@ def _with_pearson(loaded: LoadedModel, row: Row, found: Contest, options: Option
     """The row, its quality with the correlation with human ratings."""
     pearson = correlation(loaded, found.states[row.name], options.batch, options.max_len)
     return replace(row, quality={**row.quality, "pearson": pearson})
+
+
+def _predicted(
+    loaded: LoadedModel, assignment: Assignment | None, batches: list[Batch], rows: list[Row]
+) -> dict[str, float]:
+    """What a round of the mixed build should take, and takes.
+
+    Foretold is the fp32 build's time less what the cost table says that formats save: it is of a calibration batch's
+    layers, and as good as linear in the tokens.
+    """
+    if assignment is None or assignment.ms is None or assignment.ms_fp32 is None:
+        return {}
+    timed, calibration = (
+        sum(int(batch["attention_mask"].sum()) for batch in part) for part in (batches, calibration_batches(loaded))
+    )
+    calls = timed / (calibration / len(calibration_batches(loaded)))
+    took = {row.name: row.ms_median for row in rows}
+    foretold = took[PACKED] - (assignment.ms_fp32 - assignment.ms) * calls
+    return {"foretold": foretold, "measured": took[MIXED], "ratio": foretold / took[MIXED]}
 
 
 def _probe_batches(loaded: LoadedModel, batches: list[Batch]) -> list[Batch]:

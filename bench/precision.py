@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from planish import models
+from planish.bench.digits import trained_mobilevit
 from planish.bench.result import BenchResult
 from planish.capture import capture
 from planish.errors import UnknownNameError
@@ -45,9 +46,15 @@ WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w2-g32")
 COMPENSATED = "Gauss-Newton, GPTQ"
 
 UNIFORM = ("w3-g32", "w4-g128", "w4-g32", "w5-g32")
+"""Formats that all layers get, to compare."""
 
 BITS = (3.0, 4.0, 4.5)
-"""Bytes of the assignments, as bits of a weight with scales; besides those of ``UNIFORM``."""
+"""Bytes of the assignments, as bits of a weight with scales; besides those of uniform formats."""
+
+OF_IMAGES = ("w4-g32", "w5-g32")
+"""The same for models with convolutions, which have formats of their own."""
+
+BITS_OF_IMAGES = (5.0, 6.0)
 
 FEWEST = 5
 """Measured treatments that a figure of agreement is made from."""
@@ -93,17 +100,24 @@ class Subject:
     Attributes:
         inputs: that scores are made from; the assignments are judged by as many others.
         max_len: of documents, in tokens.
-        formats: that layers are tried in.
-        is_measured: whether all treatments are measured directly, or those only that refining measures.
+        uniform: formats that all layers get, depthwise convolutions 8 bits.
+        bits: sizes of assignments besides those.
+        every: one in so many sites is measured directly; where that is not all, no assignment is made from that.
     """
 
     inputs: int
     max_len: int
-    formats: tuple[str, ...] = WEIGHTS
-    is_measured: bool = True
+    uniform: tuple[str, ...] = UNIFORM
+    bits: tuple[float, ...] = BITS
+    every: int = 1
 
 
-SUBJECTS = {"minilm": Subject(48, 256), "smollm2": Subject(8, 128, is_measured=False)}
+SUBJECTS = {
+    "minilm": Subject(48, 256),
+    "smollm2": Subject(8, 128, ("w3-g32", "w4-g32"), (), every=10),
+    "efficientnet-lite0": Subject(10, 0, OF_IMAGES, BITS_OF_IMAGES),
+    "mobilevit-digits": Subject(32, 0, OF_IMAGES, BITS_OF_IMAGES),
+}
 
 
 @dataclass(frozen=True)
@@ -134,7 +148,7 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
         raise UnknownNameError(f"no model {unknown[0]!r} to score", fix="use some of: " + ", ".join(SUBJECTS))
     rows, scorers = list[dict[str, Any]](), list[dict[str, Any]]()
     for name in options.only or SUBJECTS:
-        loaded = models.load(name)
+        loaded = trained_mobilevit() if name == "mobilevit-digits" else models.load(name)
         for seed in range(options.rounds):
             facts = {"model": name, "seed": seed}
             log(f"{name}, seed {seed}: scores")
@@ -165,7 +179,7 @@ def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool 
     program, _ = run_pipeline(program, before, Target.host())
     names = [spec.name for spec in program.inputs]
     program.calibration, others = (tuple(_flat(names, part)) for part in parts)
-    sites, _ = find_sites(program, QuantizeMixed.name, Result(), subject.formats)
+    sites, _ = find_sites(program, QuantizeMixed.name, Result(), WEIGHTS)
     if not compensate:
         for site in sites:
             for operand in site.operands.values():
@@ -203,21 +217,25 @@ def _scorers(case: Case, seed: int) -> tuple[list[Scorer], Losses]:
     """All of them, and what was measured directly: where that is everything, it is the last scorer."""
     data = (case.simulation, case.loss, case.samples)
     plain = probe(*data, seed=seed)
-    refined = refine(plain, case.simulation, case.sites, case.loss, case.samples)
     fisher = probe(*data, seed=seed, contract=diagonal_fisher)
     weights = {(i, t): _weight_error(site, t) for i, site in enumerate(case.sites) for t in site.treatments}
     found = [
         Scorer("weight error", weights, None),
         Scorer("diagonal Fisher", _losses(fisher), fisher.seconds),
         Scorer("Gauss-Newton", _losses(plain), plain.seconds),
+    ]
+    start, every = time.perf_counter(), case.subject.every
+    direct = measure_each(*data, [key for key in plain.sums if key[0] % every == 0])
+    if every > 1:
+        return [*found, Scorer("Gauss-Newton, pairs", _losses(plain), plain.seconds, plain)], direct
+    seconds = time.perf_counter() - start
+    refined = refine(plain, case.simulation, case.sites, case.loss, case.samples)
+    return [
+        *found,
         Scorer("Gauss-Newton, refined", _losses(refined), refined.seconds),
         Scorer("Gauss-Newton, refined, pairs", _losses(refined), refined.seconds, refined),
-    ]
-    if not case.subject.is_measured:
-        return found, refined.measured
-    start = time.perf_counter()
-    direct = measure_each(*data, list(plain.sums))
-    return [*found, Scorer("direct", direct, time.perf_counter() - start)], direct
+        Scorer("direct", direct, seconds),
+    ], direct
 
 
 def _losses(scores: Scores) -> Losses:
@@ -255,13 +273,12 @@ def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
     suffix = ", GPTQ" if scorers[0].name == COMPENSATED else ""
     weights = sum(layer.weight.numel() for site in case.sites for layer in site.layers)
     rows: list[dict[str, Any]] = []
-    for form in UNIFORM:
-        treatment = Treatment.parse(form)
-        nbytes = sum(_nbytes(site, treatment) for site in case.sites)
-        everywhere = dict.fromkeys(range(len(case.sites)), treatment)
+    for form in case.subject.uniform:
+        everywhere = {i: _like(site, Treatment.parse(form)) for i, site in enumerate(case.sites)}
+        nbytes = sum(_nbytes(site, everywhere[i]) for i, site in enumerate(case.sites))
         loss = measure(case.simulation, everywhere, case.loss, case.held_out)
         rows.append({"scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
-    sizes = sorted({*BITS, *(row["bits"] for row in rows)})
+    sizes = sorted({*case.subject.bits, *(row["bits"] for row in rows)})
     for scorer in scorers:
         blocks = _blocks(case, scorer)
         for bits in sizes:
@@ -280,6 +297,13 @@ def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _like(site: Site, wanted: Treatment) -> Treatment:
+    """The site's treatment whose weights have a format; its first, of 8 bits, where it has none such."""
+    return next(
+        (t for t in site.treatments if t.format and t.format.weight == wanted.format.weight), site.treatments[0]
+    )  # pyright: ignore
 
 
 def _blocks(case: Case, scorer: Scorer) -> list[Block]:

@@ -120,6 +120,15 @@ def _show_precision(result: dict[str, Any], console: Console) -> None:
     console.print(_table(("model", "scorer", "bits", "predicted", "held-out loss", "of each seed"), cells))
 
 
+def _predicted(found: dict[str, float]) -> list[str]:
+    if not found:
+        return []
+    foretold, measured = found["foretold"], found["measured"]
+    return [
+        f"planish-mixed: {foretold:.0f} ms foretold by the cost table, {measured:.0f} measured: {found['ratio']:.2f}"
+    ]
+
+
 def _mean(rows: list[dict[str, Any]], of: Callable[[dict[str, Any]], float | None], form: str) -> str:
     values = [value for value in map(of, rows) if value is not None]
     return format(sum(values) / len(values), form) if values else ""
@@ -242,6 +251,7 @@ def _figures(result: dict[str, Any]) -> list[str]:
     arena, parts = memory["arena_bytes"], memory["intermediates_bytes"]
     lines = [
         f"compile: {result['compile_s']:.1f} s with export, again {result['second_compile_s']:.2f} s",
+        *_predicted(result["predicted_ms"]),
         f"call of a two-op model: {result['call_us']:.1f} µs (eager {result['call_us_eager']:.1f} µs)",
         f"call after a torch op: {result['after_torch_op_ratio']:.3f}x the call alone ({low:.3f} to {high:.3f})",
         f"arena: {arena / _MIB:.1f} MiB for {parts / _MIB:.1f} MiB of intermediates"

@@ -438,8 +438,31 @@ def test_convolutions_are_sites() -> None:
     net = nn.Sequential(nn.Conv2d(32, 48, 1), nn.ReLU(), nn.Conv2d(48, 48, 3, 2, 1), nn.ReLU(), nn.Conv2d(48, 40, 1))
     images = [(torch.randn(2, 32, 12, 12),) for _ in range(4)]
     call = planish.compile(net.eval(), images[0], target="cpu-avx2", calibration=images, budget=planish.Budget(bits=9))
-    assert set(call.assignment.pins.values()) <= {"w8a8-static", "w8a8", "w6a8-g32", "fp"}
+    assert set(call.assignment.pins.values()) <= {"w8a8-static", "w6a8-g32-static", "w5a8-g32-static", "fp"}
     with pytest.raises(UnknownNameError, match="cannot be pinned to 'w4a8-g32'"):
         planish.compile(net, images[0], target="cpu-avx2", calibration=images, pin={"2": "w4a8-g32"})
     x = images[0][0]
     assert ((call(x) - net(x)).norm() / net(x).norm()) < 0.03
+
+
+def test_convolutions_that_read_one_value_are_one_site() -> None:
+    """A window of 3 beside a 1 x 1 one, whose codes know the inputs; a depthwise one has 8 bits only."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.side = nn.Conv2d(32, 48, 3, 2, 1), nn.Conv2d(32, 48, 1, 2)
+            self.deep = nn.Conv2d(48, 48, 3, 1, 1, groups=48)
+
+        def forward(self, x: Any) -> Tensor:
+            y = (self.body(x) + self.side(x)).relu()
+            return self.deep(y).flatten(2).mean(2)
+
+    torch.manual_seed(0)
+    net = Net().eval()
+    images = [(torch.randn(2, 32, 12, 12),) for _ in range(4)]
+    call = planish.compile(net, images[0], target="cpu-avx2", calibration=images, budget=planish.Budget(bits=5.5))
+    assert set(call.assignment.pins) == {"body|side", "deep"}
+    assert call.assignment.pins["body|side"] in ("w5a8-g32-static", "w4a8-g32-static")
+    assert call.assignment.compiler_error < 1e-3
+    assert ((call(images[1][0]) - net(images[1][0])).norm() / net(images[1][0]).norm()) < 0.1

@@ -12,7 +12,8 @@ from rich.progress import track
 from torch import Tensor, fx
 
 from planish.errors import CalibrationError
-from planish.ops import LINEAR, planish_ops
+from planish.ops import planish_ops
+from planish.passes.precision.layer import is_pointwise
 from planish.program import Program, source_line
 
 SAMPLE = 256
@@ -30,7 +31,8 @@ class Channels:
         rows: how many.
         parts: of each batch some rows, at most SAMPLE.
         halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
-        moments: sums of ``x x'`` over every other batch, and over those between, [2, K, K]; linear layers only.
+        moments: sums of ``x x'`` over every other batch, and over those between, [2, K, K]; None where neither a linear
+            layer nor a 1 x 1 convolution reads it.
     """
 
     largest: Tensor
@@ -57,7 +59,7 @@ class Channels:
         return self.largest / self.largest.median().clamp_min(torch.finfo(torch.float32).tiny)
 
     def moment(self, without: int | None = None) -> Tensor:
-        """Sum of ``x x'`` over the rows of a linear layer's input, [K, K].
+        """Sum of ``x x'`` over the rows, [K, K].
 
         Args:
             without: half of the batches to leave out, if there are others: 0 for the first, third, ..., or 1.
@@ -99,7 +101,7 @@ def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channe
         depth = int(x.meta["val"].shape[-1])
         if x not in found:
             found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
-        if layer.target is LINEAR and found[x].moments is None:
+        if is_pointwise(layer) and found[x].moments is None:
             found[x].moments = torch.zeros(2, depth, depth)
     state = program.example[program.arguments :]
     console = Console(stderr=True)

@@ -25,7 +25,8 @@ def held_weights(
 ) -> list[list[Quantized]]:
     """The codes of layers' weights: of what their evened-out input is multiplied by, 0 at outliers.
 
-    With calibration, those of a linear layer make up for each other's errors, unless they have 8 bits.
+    With calibration, those of linear layers and 1 x 1 convolutions make up for each other's errors, unless they have 8
+    bits.
 
     Args:
         layers: that read one value.
@@ -67,7 +68,7 @@ def _nearest(layer: Matrix, form: Format, operand: Operand | None, per_tensor: b
 
 def knows_inputs(layer: Matrix, form: Format) -> bool:
     """Whether the codes of a layer's weight depend on its inputs in calibration."""
-    return form.weight.bits < EXACT_BITS and layer.is_linear
+    return form.weight.bits < EXACT_BITS and layer.is_pointwise
 
 
 def rounded_weight(layer: Matrix, held: Quantized, operand: Operand | None) -> Tensor:

@@ -40,6 +40,11 @@ class Matrix:
         return not self.window
 
     @property
+    def is_pointwise(self) -> bool:
+        """Whether each output position is the matrix times an input position."""
+        return not self.depthwise and all(size == 1 for size in self.window)
+
+    @property
     def depthwise(self) -> bool:
         """Whether each feature has an input channel of its own."""
         return self.kind == DEPTHWISE
@@ -103,6 +108,14 @@ class Layer(Matrix):
         kind = DEPTHWISE if Convolution.of(node).is_depthwise else "convolution"
         rows = weight.movedim(1, -1).flatten(1)
         return Layer(rows, channels, kind, tuple(weight.shape[2:]), node=node, name=name, bias=bias)
+
+
+def is_pointwise(node: fx.Node) -> bool:
+    """Whether a layer's outputs are each a matrix times one row of its input."""
+    if node.target is LINEAR:
+        return True
+    conv = Convolution.of(node)
+    return conv.groups == 1 and set(conv.window.kernel) == {1}
 
 
 def returns(node: fx.Node) -> bool:

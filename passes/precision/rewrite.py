@@ -131,8 +131,8 @@ class Rewriter:
         later = channels.later[channel] / channels.largest[channel]
         where = "at first tokens only" if later < 0.5 else "at all tokens"
         text = (
-            f"{name}: channel {channel} of its input reaches {channels.largest[channel]:.3g}, {ratio[channel]:.1f} times the "
-            f"median channel, {where}{kept}"
+            f"{name}: channel {channel} of its input reaches {channels.largest[channel]:.3g}, "
+            f"{ratio[channel]:.1f} times the median channel, {where}{kept}"
         )
         self.result.notes.append(Note.at("outlier", node, text))
 

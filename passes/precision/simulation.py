@@ -179,7 +179,8 @@ def _errors(
         ways = [
             (t, t.format, o)
             for t, o in operands.items()
-            if t.format is not None and (half in halves if knows_inputs(matrices[0], t.format) else half is None)
+            if t.format is not None
+            and (half in halves if any(knows_inputs(m, t.format) for m in matrices) else half is None)
         ]
         held = held_weights(matrices, [(form, operand) for _, form, operand in ways], without=half)
         for (treatment, _, operand), of_way in zip(ways, held, strict=True):

@@ -25,8 +25,11 @@ MENU = ("w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2
 WITH_OUTLIERS = ("w8a8+8", "w4a8-g32+8")
 """Tried too where the input has a channel ``NOTABLE`` times as large as the median."""
 
-CONVOLUTIONS = ("w8a8-static",)
+CONVOLUTIONS = ("w8a8-static", "w6a8-g32-static", "w5a8-g32-static", "w4a8-g32-static")
 """Of convolutions: all positions of a window share a scale."""
+
+DEPTHWISE = ("w8a8-static",)
+"""Of depthwise ones, which have few weights."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,8 @@ def find_sites(
         seen = channels[group[0].node]
         if not seen.rows:
             result.notes.append(Note.at(name, group[0].node, "calibration never reached it: it stays fp32"))
-        pinned = [form for n, form in pins if _suits(form, group[0]) and covers(n, Site(tuple(group), (), {}).name)]
-        names = dict.fromkeys((*_menu(group[0], seen, menu), *pinned)) if seen.rows else ()
+        pinned = [form for n, form in pins if _suits(form, group) and covers(n, Site(tuple(group), (), {}).name)]
+        names = dict.fromkeys((*_menu(group, seen, menu), *pinned)) if seen.rows else ()
         treatments = tuple(Treatment.parse(n) for n in names)
         weights = torch.cat([layer.by_channel() for layer in group])
         operands = {
@@ -102,18 +105,20 @@ def _sharing_equalisers(operands: Mapping[Treatment, Operand]) -> dict[Treatment
     }
 
 
-def _suits(form: str, layer: Layer) -> bool:
-    """Whether a layer can have a format that it is pinned to, other than fp32: a convolution's scale is static."""
+def _suits(form: str, group: Sequence[Layer]) -> bool:
+    """Whether layers can have a format that they are pinned to, other than fp32: a convolution's scale is static."""
     treatment = Treatment.parse(form)
-    if treatment.format is None:
+    if treatment.format is None or (form not in DEPTHWISE and any(layer.depthwise for layer in group)):
         return False
     is_static = treatment.format.activation == "a8-static" and not treatment.outliers
-    return is_static or layer.node.target is not CONVOLUTION_LAST
+    return is_static or group[0].node.target is not CONVOLUTION_LAST
 
 
-def _menu(layer: Layer, seen: Channels, menu: Sequence[str]) -> Sequence[str]:
-    """Formats that are tried for a layer."""
-    if layer.node.target is CONVOLUTION_LAST:
+def _menu(group: Sequence[Layer], seen: Channels, menu: Sequence[str]) -> Sequence[str]:
+    """Formats that are tried for layers."""
+    if any(layer.depthwise for layer in group):
+        return DEPTHWISE
+    if group[0].node.target is CONVOLUTION_LAST:
         return CONVOLUTIONS
     if menu:
         return menu
