@@ -23,7 +23,7 @@ LOSS, BYTES, MS, MS_ONE_ROW = "loss", "bytes", "ms", "ms_one_row"
 MS_FP32 = "ms_fp32"
 """What a site takes in fp32, whatever its treatment."""
 
-ERRORS = 2.0
+ERRORS = 4.0
 """Standard errors that what two sites do to each other must exceed to count."""
 
 TINY = 1e-300

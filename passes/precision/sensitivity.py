@@ -25,8 +25,14 @@ from planish.passes.precision.tasks import pieces, run_all
 from planish.passes.precision.treatment import Treatment
 from planish.program import Program
 
-PROBES = 4
-"""Random gradients of the outputs for each input."""
+PROBES, MOST_PROBES = 4, 24
+"""Random gradients of the outputs for each input, at least and at most."""
+
+ALL_PROBES = 192
+"""Of all inputs together: the standard error of a score is then a tenth of it. A minimum finds the errors of scores."""
+
+GRADIENT_BYTES = 4 << 30
+"""That the gradients of an input may take; where they would take more, it has fewer probes."""
 
 MEASURED = 0.1
 """Share of the scored treatments, those of greatest loss, that are measured directly."""
@@ -137,7 +143,8 @@ def probe(
     """
     start = time.perf_counter()
     seeded = [(seed * 1_000_003 + i, sample) for i, sample in enumerate(samples)]
-    arguments = [(simulation, loss, piece, contract) for piece in pieces(seeded, executor)]
+    probes = min(MOST_PROBES, max(PROBES, -(-ALL_PROBES // len(samples))))
+    arguments = [(simulation, loss, piece, probes, contract) for piece in pieces(seeded, executor)]
     found = [
         of_one for piece in run_all("probing", _probe_all, arguments, executor, start + deadline) for of_one in piece
     ]
@@ -174,14 +181,16 @@ def refine(
 
 
 def _probe_all(
-    simulation: Simulation, loss: Loss, samples: Sequence[tuple[int, Sample]], contract: Contraction
+    simulation: Simulation, loss: Loss, samples: Sequence[tuple[int, Sample]], probes: int, contract: Contraction
 ) -> list[dict[Key, Tensor]]:
     with torch.inference_mode(False):
-        return [_probe(simulation, loss, sample, seed, contract) for seed, sample in samples]
+        return [_probe(simulation, loss, sample, seed, probes, contract) for seed, sample in samples]
 
 
-def _probe(simulation: Simulation, loss: Loss, sample: Sample, seed: int, contract: Contraction) -> dict[Key, Tensor]:
-    """For each site and treatment what its layers' changes contract to, summed, fp64 [PROBES]."""
+def _probe(
+    simulation: Simulation, loss: Loss, sample: Sample, seed: int, probes: int, contract: Contraction
+) -> dict[Key, Tensor]:
+    """For each site and treatment what its layers' changes contract to, summed, fp64 [probes]."""
     places = simulation.nodes()
     nodes = [places[layer.node] for group in simulation.sites for layer in group]
     recorder = Recorder(simulation.module, frozenset(nodes))
@@ -189,20 +198,22 @@ def _probe(simulation: Simulation, loss: Loss, sample: Sample, seed: int, contra
     with torch.enable_grad():
         outputs = recorder.run(*(t.clone() if t.is_inference() else t for t in sample.tensors))
         values = [recorder.seen[node][1] for node in nodes]
+        own = max(1, min(probes, GRADIENT_BYTES // sum(4 * value.numel() for value in values)))
         gradients: list[Sequence[Tensor | None]] = []
-        for number in range(PROBES):
+        for number in range(own):
             parts = zip(outputs, loss.probe([t.detach() for t in outputs], generator), strict=True)
             total = torch.stack([(y * r).sum() for y, r in parts if r is not None]).sum()
-            gradients.append(torch.autograd.grad(total, values, retain_graph=number < PROBES - 1, allow_unused=True))
+            gradients.append(torch.autograd.grad(total, values, retain_graph=number < own - 1, allow_unused=True))
     by_node = {node: [probe[i] for probe in gradients] for i, node in enumerate(nodes)}
+    repeats = torch.arange(probes) % own  # so that all inputs have as many sums
     sums: dict[Key, Tensor] = {}
     for index, group in enumerate(simulation.sites):
         for layer in group:
             node = places[layer.node]
             args, y = recorder.seen[node]
-            g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node[node]]).flatten(1)
+            g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node.pop(node)]).flatten(1)
             for treatment, change in layer.changes(args, node.target, list(layer.operands), sample.half):
-                part, key = contract(g, change.reshape(-1)).double(), (index, treatment)
+                part, key = contract(g, change.reshape(-1)).double()[repeats], (index, treatment)
                 sums[key] = sums[key] + part if key in sums else part
     return sums
 
