@@ -16,13 +16,14 @@ EXACT_BITS = 8
 """Of codes that have next to no errors."""
 
 
-def held_weights(
-    layers: Sequence[Matrix],
-    ways: Sequence[tuple[Format, Operand | None]],
-    *,
-    per_tensor: bool = False,
-    without: int | None = None,
-) -> list[list[Quantized]]:
+Ways = Sequence[tuple[Format, Operand | None]]
+"""Formats of layers that read one value, with what calibration says of the value."""
+
+Held = list[list[Quantized]]
+"""For each way the weight of each layer."""
+
+
+def held_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = False) -> Held:
     """The codes of layers' weights: of what their evened-out input is multiplied by, 0 at outliers.
 
     With calibration, those of linear layers and 1 x 1 convolutions make up for each other's errors, unless they have 8
@@ -30,30 +31,37 @@ def held_weights(
 
     Args:
         layers: that read one value.
-        ways: formats, with what calibration says of the value.
+        ways: how they are stored.
         per_tensor: one scale for all of a weight.
-        without: half of the calibration batches that the codes are not to know; see ``Channels.moment``.
-
-    Returns:
-        For each way those of each layer.
     """
-    found = [[_nearest(layer, form, operand, per_tensor) for layer in layers] for form, operand in ways]
-    fitted = [
-        (way, i)
-        for way, (form, operand) in enumerate(ways)
-        for i, layer in enumerate(layers)
-        if operand is not None and operand.channels.moments is not None and knows_inputs(layer, form)
-    ]
-    if not fitted:
+    return compensated(layers, ways, nearest_weights(layers, ways, per_tensor=per_tensor))
+
+
+def nearest_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = False) -> Held:
+    """The same with the nearest codes, whatever calibration says of the inputs."""
+    return [[_nearest(layer, form, operand, per_tensor) for layer in layers] for form, operand in ways]
+
+
+def compensated(layers: Sequence[Matrix], ways: Ways, nearest: Held, without: int | None = None) -> Held:
+    """The nearest codes, or others with the same scales that make up for each other's errors.
+
+    Args:
+        layers, ways: as in ``held_weights``.
+        nearest: by ``nearest_weights``.
+        without: half of the calibration batches that the codes are not to know; see ``Channels.moment``.
+    """
+    found, grids = [list(of_way) for of_way in nearest], dict[tuple[int, int], Grid]()
+    moment = None
+    for way, (form, operand) in enumerate(ways):
+        for i, layer in enumerate(layers):
+            if operand is not None and operand.channels.moments is not None and knows_inputs(layer, form):
+                moment = operand.channels.moment(without) if moment is None else moment
+                grids[way, i] = Grid(layer.weight, nearest[way][i], operand.equaliser, operand.outliers)
+    if moment is None:
         return found
-    channels = next(operand.channels for _, operand in ways if operand is not None)
-    grids: list[Grid] = []
-    for way, i in fitted:
-        operand = ways[way][1]
-        assert operand is not None
-        grids.append(Grid(layers[i].weight, found[way][i], operand.equaliser, operand.outliers))
-    for (way, i), codes in zip(fitted, Compensation(channels.moment(without)).codes(grids), strict=True):
-        found[way][i] = replace(found[way][i], codes=codes)
+    codes = Compensation(moment).codes(list(grids.values()))
+    for (way, i), of_one in zip(grids, codes, strict=True):
+        found[way][i] = replace(found[way][i], codes=of_one)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from planish.formats import quantise_rows
 from planish.ops import reference
-from planish.passes.precision.codes import held_weights, knows_inputs, rounded_weight
+from planish.passes.precision.codes import compensated, knows_inputs, nearest_weights, rounded_weight
 from planish.passes.precision.layer import Matrix
 from planish.passes.precision.operand import Operand
 from planish.passes.precision.sites import Site
@@ -175,15 +175,14 @@ def _errors(
 ) -> list[Errors]:
     """Of each layer of a site."""
     found: list[dict[tuple[Treatment, int | None], tuple[Tensor, Tensor]]] = [{} for _ in matrices]
+    ways = {t: (t.format, operand) for t, operand in operands.items() if t.format is not None}
+    nearest = dict(zip(ways, nearest_weights(matrices, list(ways.values())), strict=True))
+    knowing = {t for t, (form, _) in ways.items() if any(knows_inputs(m, form) for m in matrices)}
     for half in dict.fromkeys((*halves, None)):
-        ways = [
-            (t, t.format, o)
-            for t, o in operands.items()
-            if t.format is not None
-            and (half in halves if any(knows_inputs(m, t.format) for m in matrices) else half is None)
-        ]
-        held = held_weights(matrices, [(form, operand) for _, form, operand in ways], without=half)
-        for (treatment, _, operand), of_way in zip(ways, held, strict=True):
+        chosen = [t for t in ways if (half in halves if t in knowing else half is None)]
+        held = compensated(matrices, [ways[t] for t in chosen], [nearest[t] for t in chosen], half)
+        for treatment, of_way in zip(chosen, held, strict=True):
+            operand = operands[treatment]
             for i, (matrix, weight) in enumerate(zip(matrices, of_way, strict=True)):
                 error = rounded_weight(matrix, weight, operand) - matrix.weight
                 found[i][treatment, half] = error.bfloat16(), matrix.of_mean(error, operand.channels.mean)
