@@ -49,7 +49,7 @@ UNIFORM = ("w3-g32", "w4-g128", "w4-g32", "w5-g32")
 """Formats that all layers get, to compare."""
 
 BITS = (3.0, 4.0, 4.5)
-"""Bytes of the assignments, as bits of a weight with scales; besides those of uniform formats."""
+"""Bytes of the assignments, as bits of a weight with scales."""
 
 OF_IMAGES = ("w4-g32", "w5-g32")
 """The same for models with convolutions, which have formats of their own."""
@@ -101,7 +101,7 @@ class Subject:
         inputs: that scores are made from; the assignments are judged by as many others.
         max_len: of documents, in tokens.
         uniform: formats that all layers get, depthwise convolutions 8 bits.
-        bits: sizes of assignments besides those.
+        bits: sizes of assignments; empty for those of the uniform formats.
         every: one in so many sites is measured directly; where that is not all, no assignment is made from that.
     """
 
@@ -113,7 +113,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "minilm": Subject(48, 256),
+    "minilm": Subject(32, 256),
     "smollm2": Subject(8, 128, ("w3-g32", "w4-g32"), (), every=10),
     "efficientnet-lite0": Subject(10, 0, OF_IMAGES, BITS_OF_IMAGES),
     "mobilevit-digits": Subject(32, 0, OF_IMAGES, BITS_OF_IMAGES),
@@ -278,7 +278,7 @@ def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
         nbytes = sum(_nbytes(site, everywhere[i]) for i, site in enumerate(case.sites))
         loss = measure(case.simulation, everywhere, case.loss, case.held_out)
         rows.append({"scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
-    sizes = sorted({*case.subject.bits, *(row["bits"] for row in rows)})
+    sizes = case.subject.bits or sorted(row["bits"] for row in rows)
     for scorer in scorers:
         blocks = _blocks(case, scorer)
         for bits in sizes:

@@ -170,7 +170,7 @@ def test_the_largest_channels_stay_fp32_and_are_reported() -> None:
     assert getattr(program.module, str(first.args[8].target)).tolist() == [7, 20]
     assert scale_of(program, first) < 0.1
     (note,) = [n for n in step.notes if n.node == first.name]
-    assert note.text.startswith("channel 20 of its input reaches 500")
+    assert note.text.startswith("up: channel 20 of its input reaches 500")
     assert "at first tokens only; 2 channels stay fp32" in note.text
     exact = block()(x)
     assert (program.run(x)[0] - exact).norm() < 0.05 * exact.norm()

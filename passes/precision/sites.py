@@ -51,7 +51,8 @@ class Site:
         """Of its layers: ``encoder.layer.0.attention.self.query|key|value``."""
         first = self.layers[0].name.rpartition(".")[0]
         if len(self.layers) > 1 and all(layer.name.rpartition(".")[0] == first for layer in self.layers):
-            return f"{first}." + "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
+            names = "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
+            return f"{first}.{names}" if first else names
         return "|".join(dict.fromkeys(layer.name for layer in self.layers))
 
 
