@@ -1,5 +1,6 @@
 """planish.bench: statistics, limits, and the encoder benchmark's schema on a stand-in for the compiled model."""
 
+import dataclasses
 import io
 import json
 import subprocess
@@ -18,7 +19,20 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import planish
-from planish.bench import encoder, inductor, latency, limits, memory, overhead, qgemm, report, result, softmax
+from planish.bench import (
+    encoder,
+    inductor,
+    latency,
+    limits,
+    memory,
+    overhead,
+    precision,
+    qgemm,
+    report,
+    result,
+    softmax,
+)
+from planish.bench.builds import MIXED, PACKED
 from planish.bench.int8_peers import ONNXRUNTIME_INT8, TORCH_INT8
 from planish.bench.kernels import kernel_rows, with_shares
 from planish.bench.latency import Ratio, interleave, speedup
@@ -127,6 +141,8 @@ class _Time:
 
 class _Compiled:
     """Eager with the compiled model's methods."""
+
+    assignment = None
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
@@ -307,6 +323,44 @@ def test_encoder_json_has_the_schema(quick: Callable[[], result.BenchResult], tm
     assert "1000x1536x384" not in text
     assert "1001x1536x384" in text
     assert "arena: 3.0 MiB for 9.0 MiB of intermediates (33%)" in text
+
+
+def test_the_mixed_build_is_foretold_by_the_layers_of_a_calibration_batch() -> None:
+    """fp32 takes 100; of its 60 for the layers of two calls, the formats save 30."""
+
+    class Loaded:
+        class data:
+            @staticmethod
+            def batches(docs: int, rows: int) -> list[dict[str, torch.Tensor]]:
+                return [{"attention_mask": torch.ones(rows, 10)} for _ in range(docs // rows)]
+
+    assignment: Any = dataclasses.make_dataclass("A", ["ms", "ms_fp32"])(15.0, 30.0)
+    rows: Any = [
+        dataclasses.make_dataclass("R", ["name", "ms_median"])(n, ms) for n, ms in ((PACKED, 100.0), (MIXED, 80.0))
+    ]
+    timed = [{"attention_mask": torch.ones(16, 10)}] * 2
+    found = encoder._predicted(Loaded(), assignment, timed, rows)  # pyright: ignore
+    assert found == {"foretold": 70.0, "measured": 80.0, "ratio": 0.875}
+    assert encoder._predicted(Loaded(), None, timed, rows) == {}  # pyright: ignore
+
+
+@pytest.mark.needs_weights
+def test_precision_on_a_few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "WEIGHTS", ("w8", "w3-g32"))
+    monkeypatch.setattr(precision, "SUBJECTS", {"minilm": precision.Subject(4, 24, ("w3-g32",), (5.0,))})
+    options = precision.Options(torch.get_num_threads(), 1)
+    found = precision.run(options, planish.compile, lambda phase: None).to_dict()
+    by_scorer = {row["scorer"]: row for row in found["scorers"]}
+    assert by_scorer["direct"]["spearman"] == pytest.approx(1.0)
+    assert by_scorer["Gauss-Newton"]["spearman_within"]["w3-g32"] > 0.8
+    losses = {(row["scorer"], round(row["bits"], 1)): row["held_out"] for row in found["assignments"]}
+    assert losses["Gauss-Newton", 5.0] < losses["uniform w3-g32", 3.3]
+    assert losses["Gauss-Newton, GPTQ", 5.0] < losses["Gauss-Newton", 5.0]
+    text = _printed(found)
+    assert "least within a format" in text
+    assert "uniform w3-g32, GPTQ" in text
+    with pytest.raises(UnknownNameError, match="no model 'bert' to score"):
+        precision.run(precision.Options(1, 1, ("bert",)), planish.compile, lambda phase: None)
 
 
 PEERS = [ONNXRUNTIME_INT8, *COMPUTE]
