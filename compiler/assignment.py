@@ -69,8 +69,8 @@ class Assignment:
         front: the least loss for other sizes.
         compiler_error: largest difference of the compiled model's outputs from those of the same codes in PyTorch, over
             the outputs' largest magnitude, for the example inputs: no part of the loss, which is what codes
-            do; None where the model was not compiled. Values that round to other codes count: on MiniLM a change of 1e-6 in
-            the first layer makes as much.
+            do; None where the model was not compiled. Values that round to other codes count: on MiniLM a change of
+            1e-6 in the first layer makes as much.
     """
 
     measure: str
