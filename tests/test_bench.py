@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import planish
+from planish.backends.tvm import executable
 from planish.bench import (
     encoder,
     inductor,
@@ -389,6 +391,7 @@ def test_qgemm_times_every_format_at_every_shape(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(qgemm, "VECTOR_DEPTH", 64)
     monkeypatch.setattr(qgemm, "BEYOND", 1 / 1024)
     monkeypatch.setattr(qgemm, "CALLS_MS", 0.01)
+    monkeypatch.setattr(executable, "_ROUND_SECONDS", 1e-3)
     options = qgemm.Options(threads=torch.get_num_threads(), rounds=7, only=("w8a8", "w4a8-g32"))
     read = qgemm.run(options, planish.compile, lambda _: None).to_dict()
     names = ["fp32", "w8a8", "w4a8-g32"]
@@ -409,6 +412,22 @@ def test_qgemm_times_every_format_at_every_shape(monkeypatch: pytest.MonkeyPatch
     assert "400 GOP/s" in text
     with pytest.raises(UnknownNameError, match="w9a8"):
         qgemm.Options(threads=1, only=("w9a8",))
+
+
+def test_no_kernel_takes_less_than_a_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = executable.TvmExecutable._run  # pyright: ignore
+
+    def noisy(self: executable.TvmExecutable, *args: Any) -> None:
+        run(self, *args)
+        first, last = args[-2:]
+        if first == last:
+            time.sleep(1e-4)
+
+    monkeypatch.setattr(executable, "_ROUND_SECONDS", 1e-3)
+    call = planish.compile(torch.nn.ReLU().eval(), (torch.zeros(4),), cache=False)
+    assert [k.ms < 0.01 for k in call.kernels((torch.zeros(4),))] == [True]
+    monkeypatch.setattr(executable.TvmExecutable, "_run", noisy)
+    assert [k.ms for k in call.kernels((torch.zeros(4),))] == [pytest.approx(1e-6)]
 
 
 def test_perplexity_of_a_sure_model_is_one() -> None:

@@ -30,6 +30,7 @@ _ARENAS = 8
 
 _ROUNDS = 7
 _ROUND_SECONDS = 0.02
+_TICK = 1e-9
 """How ``kernels`` spreads its timed calls."""
 
 
@@ -161,9 +162,10 @@ class TvmExecutable:
     ) -> list[KernelTime]:
         """Time of each kernel alone, on the values that the whole model left in the arena.
 
-        It is the median of at least ``repeats`` calls less the median of calls that run no kernel: what the kernel
-        takes inside the model, where one native call runs them all. The calls are spread over ``_ROUNDS`` rounds of at
-        least ``_ROUND_SECONDS`` each: a short kernel timed in one go shows what else the machine did just then.
+        It is the median of a round's calls less the median of its calls that run no kernel: what the kernel takes
+        inside the model, where one native call runs them all. The middle one of ``_ROUNDS`` rounds counts, each of at
+        least ``_ROUND_SECONDS`` and together of at least ``repeats`` calls: a short kernel timed in one go shows what
+        else the machine did just then. No kernel takes less than a tick of the clock, however noisy the machine.
         """
         layout = self._layout(dims)
         ready = [*(_ready(t) for t in tensors), *state]
@@ -174,13 +176,13 @@ class TvmExecutable:
         words = (ctypes.c_int32 * (HEAD // 4)).from_address(arena.data_ptr())
         dims = dims | {name: words[word] for name, word in self._counts.items()}
 
-        def sample(first: int, last: int) -> list[float]:
+        def sample(first: int, last: int) -> float:
             times: list[float] = []
             while len(times) < repeats / _ROUNDS or sum(times) < _ROUND_SECONDS:
                 start = time.perf_counter()
                 self._run(ready, outputs, arena, layout, sizes, first, last)
                 times.append(time.perf_counter() - start)
-            return times
+            return statistics.median(times)
 
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for index, call in enumerate(self.plan.calls):
@@ -188,17 +190,16 @@ class TvmExecutable:
                 continue
             shape = tuple(evaluate(s, dims) for s in call.shape)
             groups.setdefault((call.kernel, shape), []).append(index)
-        empty: list[float] = []
         samples: dict[tuple[str, tuple[int, ...]], list[float]] = {key: [] for key in groups}
         for r in range(_ROUNDS):
-            empty += sample(0, 0)
+            empty = sample(0, 0)
             for key, indices in groups.items():
                 index = indices[r % len(indices)]
-                samples[key] += sample(index, index + 1)
+                samples[key].append(sample(index, index + 1) - empty)
         rows: list[KernelTime] = []
         for (name, shape), indices in groups.items():
             call = self.plan.calls[indices[0]]
-            alone = statistics.median(samples[name, shape]) - statistics.median(empty)
+            alone = max(statistics.median(samples[name, shape]), _TICK)
             rows.append(KernelTime(name, call.op, shape, alone * 1e3, evaluate(call.flops, dims), len(indices)))
         return rows
 
