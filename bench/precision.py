@@ -26,7 +26,6 @@ from planish.passes.precision.loss import Loss
 from planish.passes.precision.sensitivity import (
     Sample,
     Scores,
-    diagonal_fisher,
     measure,
     measure_each,
     probe,
@@ -217,11 +216,10 @@ def _scorers(case: Case, seed: int) -> tuple[list[Scorer], Losses]:
     """All of them, and what was measured directly: where that is everything, it is the last scorer."""
     data = (case.simulation, case.loss, case.samples)
     plain = probe(*data, seed=seed)
-    fisher = probe(*data, seed=seed, contract=diagonal_fisher)
     weights = {(i, t): _weight_error(site, t) for i, site in enumerate(case.sites) for t in site.treatments}
     found = [
         Scorer("weight error", weights, None),
-        Scorer("diagonal Fisher", _losses(fisher), fisher.seconds),
+        Scorer("diagonal Fisher", plain.diagonal, plain.seconds),
         Scorer("Gauss-Newton", _losses(plain), plain.seconds),
     ]
     start, every = time.perf_counter(), case.subject.every

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import statistics
+from collections import ChainMap
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 import torch
 
+from planish.backends.tvm.executable import TICK
 from planish.backends.tvm.integer_tile import TILE_ROWS, tile_rows
 from planish.backends.tvm.microkernel import gemm_tile
 from planish.bench.qgemm import Layer
 from planish.costs import FP32, CostTable, LayerCost
 from planish.errors import CostTableError
 from planish.formats import Format, quantise
+from planish.passes.precision.tasks import run_all
 from planish.program import Dim
 from planish.targets import Target
 
@@ -61,7 +65,13 @@ class Layers(torch.nn.Module):
         return tuple(layer(x) for layer, x in zip(self.layers, xs, strict=True))
 
 
-def run(grid: Grid, target: Target, compile_model: Callable[..., Any], log: Callable[[str], None]) -> CostTable:
+def run(
+    grid: Grid,
+    target: Target,
+    compile_model: Callable[..., Any],
+    log: Callable[[str], None],
+    executor: Executor | None = None,
+) -> CostTable:
     """Measure the grid on as many threads as the target has cores.
 
     All layers are timed in turn, the blockings of a format right after each other: a shared machine is slow in bursts.
@@ -71,6 +81,7 @@ def run(grid: Grid, target: Target, compile_model: Callable[..., Any], log: Call
         target: this machine.
         compile_model: ``planish.compile``.
         log: told the name of each phase.
+        executor: of machines like this one, which measure a format each, one at a time; None for here.
 
     Raises:
         CostTableError: the machine is too busy.
@@ -78,8 +89,11 @@ def run(grid: Grid, target: Target, compile_model: Callable[..., Any], log: Call
     threads = torch.get_num_threads()
     torch.set_num_threads(target.cores)
     try:
-        with torch.inference_mode():
+        if executor is None:
             samples = _samples(grid, target, compile_model, log)
+        else:
+            tasks = [(replace(grid, formats=(form,)), target, compile_model, _unheard) for form in grid.formats]
+            samples = dict(ChainMap(*run_all("measuring", _samples, tasks, executor)))
     finally:
         torch.set_num_threads(threads)
     layers: list[LayerCost] = []
@@ -118,6 +132,11 @@ def _best(form: str, n: int, k: int, grid: Grid, samples: dict[Key, list[float]]
     return best if gain(best) > MARGIN else usual
 
 
+def _unheard(phase: str) -> None:
+    """What other machines are told to log with."""
+
+
+@torch.inference_mode()
 def _samples(
     grid: Grid, target: Target, compile_model: Callable[..., Any], log: Callable[[str], None]
 ) -> dict[Key, list[float]]:
@@ -170,7 +189,7 @@ def _asking(target: Target, form: str, grid: Grid, rows: int | None) -> Target:
 def _ms(samples: list[float]) -> float:
     """The median, in as many digits as are not noise."""
     ms = statistics.median(samples)
-    if ms <= 0:
+    if ms <= 1e3 * TICK:
         raise CostTableError(
             "a kernel took no longer than calls that run none",
             why="the machine was busy with something else",

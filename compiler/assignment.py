@@ -21,7 +21,7 @@ class LayerChoice:
     Attributes:
         name: of the layers.
         format: as in ``Format.parse``, with ``+8`` for 8 input channels in fp32; or ``"fp"``.
-        loss: predicted, of these layers alone.
+        loss: predicted, of these layers alone; None without a budget, where nothing is probed.
         sigma: its standard error over the inputs.
         bytes: of their weights.
         ms: of their kernels by the cost table; None where the target has none.
@@ -31,8 +31,8 @@ class LayerChoice:
 
     name: str
     format: str
-    loss: float
-    sigma: float
+    loss: float | None
+    sigma: float | None
     bytes: int
     ms: float | None
     runner_up: str
@@ -55,7 +55,7 @@ class Assignment:
     Attributes:
         measure: how outputs are compared: ``kl``, ``cosine``.
         layers: in graph order.
-        predicted_loss: of all of them together.
+        predicted_loss: of all of them together; None without a budget.
         measured_loss: the same, by running the model on some calibration inputs.
         bytes: of all of them.
         bits: of a weight, on average, with scales.
@@ -75,7 +75,7 @@ class Assignment:
 
     measure: str
     layers: tuple[LayerChoice, ...]
-    predicted_loss: float
+    predicted_loss: float | None
     measured_loss: float
     bytes: int
     bits: float
@@ -104,7 +104,9 @@ class Assignment:
         if not found:
             raise UnknownNameError(f"no layer {name!r}", fix="use one of: " + ", ".join(la.name for la in self.layers))
         return "\n".join(
-            f"{la.name}: {la.format}, loss {la.loss:.3g} ± {la.sigma:.1g}, {la.bytes / 1e3:,.1f} kB"
+            f"{la.name}: {la.format}, "
+            + ("" if la.loss is None else f"loss {la.loss:.3g} ± {la.sigma:.1g}, ")
+            + f"{la.bytes / 1e3:,.1f} kB"
             + ("" if la.ms is None else f", {la.ms:.3g} ms")
             + f"; {_next(la)}"
             for la in found
@@ -116,12 +118,14 @@ class Assignment:
         lines = [f"  {'layer':{width}}  {'format':12} {'loss':>9} {'±':>8} {'kB':>9} {'ms':>8}  runner-up"]
         for la in self.layers:
             ms = "" if la.ms is None else f"{la.ms:.3g}"
-            numbers = f"{la.loss:9.2e} {la.sigma:8.1e} {la.bytes / 1e3:9,.1f} {ms:>8}"
-            lines.append(f"  {la.name:{width}}  {la.format:12} {numbers}  {_next(la)}")
+            loss = f"{'':18}" if la.loss is None else f"{la.loss:9.2e} {la.sigma:8.1e}"
+            lines.append(f"  {la.name:{width}}  {la.format:12} {loss} {la.bytes / 1e3:9,.1f} {ms:>8}  {_next(la)}")
         ms = "" if self.ms is None else f", {self.ms:.3g} ms by the cost table ({self.ms_fp32:.3g} in fp32)"
         proof = f"within {self.gap:.1e} of the proved bound" if self.is_optimal else f"deadline hit, gap {self.gap:.1e}"
+        proof = "as pinned" if self.predicted_loss is None else proof
         lines.append(f"  {self.bits:.2f} bits per weight, {self.bytes / 1e6:,.2f} MB{ms}; {proof}")
-        lines.append(f"  loss ({self.measure}): {self.predicted_loss:.3e} predicted, {self.measured_loss:.3e} measured")
+        predicted = "" if self.predicted_loss is None else f"{self.predicted_loss:.3e} predicted, "
+        lines.append(f"  loss ({self.measure}): {predicted}{self.measured_loss:.3e} measured")
         if self.compiler_error is not None:
             lines.append(f"  compiled code against the same codes in PyTorch: {self.compiler_error:.1e} of the outputs")
         for name, price in self.prices.items():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import planish
 from planish.assignment import covers
+from planish.bench import tune
 from planish.capture import capture
 from planish.errors import BudgetError, CalibrationError, UnknownNameError
 from planish.passes import Canonicalize
@@ -171,6 +172,9 @@ def test_pins() -> None:
     assert {form for name, form in assignment.pins.items() if name.startswith("layer.1")} == {"w5a8-g128"}
     alone = compiled(pin={"layer.0.down": "w4a8-g32"}).assignment
     assert [name for name, form in alone.pins.items() if form != "fp"] == ["layer.0.down"]
+    assert {layer.loss for layer in alone.layers} == {alone.predicted_loss} == {None}
+    assert alone.measured_loss > 0
+    assert "predicted" not in alone.table() + alone.explain("layer.0.down")
     again = compiled(pin=assignment.pins)
     assert again.assignment.pins == assignment.pins
     with pytest.raises(UnknownNameError, match=r"no layer 'layer\.7' to pin"):
@@ -286,6 +290,9 @@ def test_an_executor_finds_the_same_assignment() -> None:
         ran = set(client.run(lambda: __import__("os").getpid()).values())
         assert len(ran) == 2
         elsewhere = compiled(budget=budget, cache=False, executor=client.get_executor())
+        grid = tune.Grid(rows=(1, 8), shapes=((32, 64),), formats=("fp32", "w8a8"), rounds=1)
+        costs = tune.run(grid, planish.Target.host(), planish.compile, print, client.get_executor())
+    assert [(layer.format, layer.n, layer.k) for layer in costs.layers] == [("fp32", 32, 64), ("w8a8", 32, 64)]
     assert elsewhere.assignment == serial.assignment
     x = data(99)
     assert torch.equal(elsewhere(x), serial(x))

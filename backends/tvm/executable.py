@@ -30,8 +30,10 @@ _ARENAS = 8
 
 _ROUNDS = 7
 _ROUND_SECONDS = 0.02
-_TICK = 1e-9
 """How ``kernels`` spreads its timed calls."""
+
+TICK = 1e-9
+"""Seconds that ``kernels`` says a kernel takes where the machine was too noisy to tell."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ class TvmExecutable:
         rows: list[KernelTime] = []
         for (name, shape), indices in groups.items():
             call = self.plan.calls[indices[0]]
-            alone = max(statistics.median(samples[name, shape]), _TICK)
+            alone = max(statistics.median(samples[name, shape]), TICK)
             rows.append(KernelTime(name, call.op, shape, alone * 1e3, evaluate(call.flops, dims), len(indices)))
         return rows
 

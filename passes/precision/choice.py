@@ -23,14 +23,16 @@ FRONT = 12
 FRONT_GAP = 1e-2
 
 
-def allowed_treatments(sites: Sequence[Site], pins: Sequence[tuple[str, str]]) -> list[tuple[Treatment, ...]]:
-    """What each site may have: fp32 and its treatments, or the one that it is pinned to.
+def allowed_treatments(
+    sites: Sequence[Site], pins: Sequence[tuple[str, str]], *, searched: bool
+) -> list[tuple[Treatment, ...]]:
+    """What each site may have: the one treatment that it is pinned to; else fp32, and its treatments if ``searched``.
 
     Raises:
         UnknownNameError: a pin's name is that of no layer, or its format is not among the layer's.
         BudgetError: two pins give a site different formats.
     """
-    found = [(*site.treatments, Treatment()) for site in sites]
+    found = [(*(site.treatments if searched else ()), Treatment()) for site in sites]
     by: dict[int, tuple[str, str]] = {}
     for name, form in pins:
         treatment = Treatment.parse(form)
@@ -161,8 +163,8 @@ def explain(
             LayerChoice(
                 site.name,
                 treatment.name,
-                mine.costs[LOSS],
-                scores.sigma(index, treatment),
+                mine.costs[LOSS] if scores.samples else None,
+                scores.sigma(index, treatment) if scores.samples else None,
                 int(mine.costs[BYTES]),
                 mine.costs.get(MS),
                 runner,
@@ -174,7 +176,7 @@ def explain(
     return Assignment(
         loss.name,
         tuple(choices),
-        solution.total(LOSS),
+        solution.total(LOSS) if scores.samples else None,
         measured,
         sum(choice.bytes for choice in choices),
         8 * sum(choice.bytes for choice in choices) / max(1, _weights(sites)),

@@ -16,6 +16,7 @@ from planish.passes.precision.loss import Loss
 from planish.passes.precision.rewrite import Rewriter
 from planish.passes.precision.sensitivity import (
     MEASURED_SAMPLES,
+    NOTHING,
     Sample,
     Scores,
     measure,
@@ -95,12 +96,14 @@ class _Work:
             raise BudgetError(
                 "no layer can be on codes", why="; ".join(r.reason for r in self.result.refusals) or "there is none"
             )
-        allowed = allowed_treatments(sites, self.options.pin)
+        allowed = allowed_treatments(sites, self.options.pin, searched=self.options.budget is not None)
         loss, samples = Loss.of(self.program, self.options.measure or None), split(self.program)
-        searched = [replace(s, treatments=tuple(t for t in a if t.format)) for s, a in zip(sites, allowed, strict=True)]
-        simulation = Simulation.of(self.program, searched, [s.half for s in samples], self.options.executor)
+        open_sites = [
+            replace(s, treatments=tuple(t for t in a if t.format)) for s, a in zip(sites, allowed, strict=True)
+        ]
+        simulation = Simulation.of(self.program, open_sites, [s.half for s in samples], self.options.executor)
         probed, kept = selection(samples)
-        scores = self._score(simulation, searched, loss, probed)
+        scores = NOTHING if self.options.budget is None else self._score(simulation, open_sites, loss, probed)
         batches = len(self.program.calibration)
         by_site = [
             options(i, site, channels[i], batches, scores, allowed[i], self.target) for i, site in enumerate(sites)

@@ -2,8 +2,9 @@
 
 Treatment k of layer l changes its output by dy. With g the gradient of a random probe of the model's outputs, the loss
 is ``mean over inputs and probes of (sum g dy)^2 / 2`` (Gauss-Newton: the products are summed over the layer's whole
-output first, then squared; the diagonal Fisher of the literature squares first and takes errors as independent). The
-sums themselves are kept, so that the loss of several layers together is ``mean of (sum over layers of g dy)^2 / 2``.
+output first, then squared; the diagonal Fisher of the literature squares first and takes errors as independent: it is
+found too, because it makes the noise of the probes less, see ``steadied``). The sums themselves are kept, so that the
+loss of several layers together is ``mean of (sum over layers of g dy)^2 / 2``.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
@@ -21,6 +22,7 @@ from torch import Tensor, fx
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.simulation import Recorder, Simulation, before
 from planish.passes.precision.sites import Site
+from planish.passes.precision.steadied import Key, steadied
 from planish.passes.precision.tasks import pieces, run_all
 from planish.passes.precision.treatment import Treatment
 from planish.program import Program
@@ -69,6 +71,7 @@ class Scores:
         samples: inputs that were probed.
         complete: False where the deadline came before all of the inputs.
         seconds: of probing and of measuring together.
+        diagonal: what the losses would be were errors of outputs independent; nothing of kept scores.
     """
 
     sums: Mapping[tuple[int, Treatment], Tensor]
@@ -76,10 +79,13 @@ class Scores:
     samples: int
     complete: bool
     seconds: float
+    diagonal: Mapping[tuple[int, Treatment], float] = field(default_factory=dict[tuple[int, Treatment], float])
 
     def loss(self, site: int, treatment: Treatment) -> float:
-        """Of one site treated so and everything else in fp32."""
-        return 0.0 if treatment.format is None else float(self.sums[site, treatment].square().mean()) / 2
+        """Of one site treated so and everything else in fp32; 0 where nothing was probed."""
+        if treatment.format is None or not self.samples:
+            return 0.0
+        return float(self.sums[site, treatment].square().mean()) / 2
 
     def sigma(self, site: int, treatment: Treatment) -> float:
         """Standard error of ``loss``, over the inputs."""
@@ -87,6 +93,10 @@ class Scores:
             return 0.0
         by_sample = self.sums[site, treatment].square().mean(1) / 2
         return float(by_sample.std() / self.samples**0.5)
+
+
+NOTHING = Scores({}, {}, 0, True, 0.0)
+"""Where there is nothing to choose, as all is pinned."""
 
 
 def split(program: Program) -> list[Sample]:
@@ -103,23 +113,6 @@ def split(program: Program) -> list[Sample]:
     ]
 
 
-Contraction = Callable[[Tensor, Tensor], Tensor]
-"""From gradients [probes, outputs] and a change [outputs] to numbers whose squares are twice the loss, [probes]."""
-
-Key = tuple[int, Treatment]
-"""A site and a treatment of it."""
-
-
-def gauss_newton(gradients: Tensor, change: Tensor) -> Tensor:
-    """``sum g dy``."""
-    return gradients @ change
-
-
-def diagonal_fisher(gradients: Tensor, change: Tensor) -> Tensor:
-    """``sqrt(sum g^2 dy^2)``, which takes the errors of outputs as independent; to compare."""
-    return (gradients.square() @ change.square()).sqrt()
-
-
 def probe(
     simulation: Simulation,
     loss: Loss,
@@ -127,7 +120,6 @@ def probe(
     *,
     deadline: float = math.inf,
     seed: int = 0,
-    contract: Contraction = gauss_newton,
     executor: Executor | None = None,
 ) -> Scores:
     """Score all treatments of all sites by gradients of random probes of the outputs.
@@ -138,18 +130,19 @@ def probe(
         samples: inputs, each with the state.
         deadline: seconds after which no further input is probed.
         seed: of the probes.
-        contract: how gradients and changes become scores.
         executor: see ``run_all``.
     """
     start = time.perf_counter()
     seeded = [(seed * 1_000_003 + i, sample) for i, sample in enumerate(samples)]
     probes = min(MOST_PROBES, max(PROBES, -(-ALL_PROBES // len(samples))))
-    arguments = [(simulation, loss, piece, probes, contract) for piece in pieces(seeded, executor)]
+    arguments = [(simulation, loss, piece, probes) for piece in pieces(seeded, executor)]
     found = [
         of_one for piece in run_all("probing", _probe_all, arguments, executor, start + deadline) for of_one in piece
     ]
-    sums = {key: torch.stack([of_one[key] for of_one in found]) for key in found[0]}
-    return Scores(sums, {}, len(found), len(found) == len(samples), time.perf_counter() - start)
+    sums = {key: torch.stack([of_one[key].sums for of_one in found]) for key in found[0]}
+    diagonal = {key: statistics.fmean(of_one[key].diagonal for of_one in found) for key in found[0]}
+    sums, complete = steadied(sums, diagonal), len(found) == len(samples)
+    return Scores(sums, {}, len(found), complete, time.perf_counter() - start, diagonal)
 
 
 def refine(
@@ -180,17 +173,26 @@ def refine(
     return replace(scores, sums=sums, measured=measured, seconds=seconds)
 
 
+@dataclass(frozen=True)
+class _Probed:
+    """Of a site, a treatment and an input: ``sum g dy``, fp64 [probes], and the mean of ``sum g^2 dy^2 / 2``."""
+
+    sums: Tensor
+    diagonal: float
+
+    def __add__(self, other: _Probed) -> _Probed:
+        return _Probed(self.sums + other.sums, self.diagonal + other.diagonal)
+
+
 def _probe_all(
-    simulation: Simulation, loss: Loss, samples: Sequence[tuple[int, Sample]], probes: int, contract: Contraction
-) -> list[dict[Key, Tensor]]:
+    simulation: Simulation, loss: Loss, samples: Sequence[tuple[int, Sample]], probes: int
+) -> list[dict[Key, _Probed]]:
     with torch.inference_mode(False):
-        return [_probe(simulation, loss, sample, seed, probes, contract) for seed, sample in samples]
+        return [_probe(simulation, loss, sample, seed, probes) for seed, sample in samples]
 
 
-def _probe(
-    simulation: Simulation, loss: Loss, sample: Sample, seed: int, probes: int, contract: Contraction
-) -> dict[Key, Tensor]:
-    """For each site and treatment what its layers' changes contract to, summed, fp64 [probes]."""
+def _probe(simulation: Simulation, loss: Loss, sample: Sample, seed: int, probes: int) -> dict[Key, _Probed]:
+    """What the changes of each site and treatment contract to."""
     places = simulation.nodes()
     nodes = [places[layer.node] for group in simulation.sites for layer in group]
     recorder = Recorder(simulation.module, frozenset(nodes))
@@ -206,16 +208,18 @@ def _probe(
             gradients.append(torch.autograd.grad(total, values, retain_graph=number < own - 1, allow_unused=True))
     by_node = {node: [probe[i] for probe in gradients] for i, node in enumerate(nodes)}
     repeats = torch.arange(probes) % own  # so that all inputs have as many sums
-    sums: dict[Key, Tensor] = {}
+    found: dict[Key, _Probed] = {}
     for index, group in enumerate(simulation.sites):
         for layer in group:
             node = places[layer.node]
             args, y = recorder.seen[node]
             g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node.pop(node)]).flatten(1)
+            squares = g.square().mean(0)
             for treatment, change in layer.changes(args, node.target, list(layer.operands), sample.half):
-                part, key = contract(g, change.reshape(-1)).double()[repeats], (index, treatment)
-                sums[key] = sums[key] + part if key in sums else part
-    return sums
+                change, key = change.reshape(-1), (index, treatment)
+                part = _Probed((g @ change).double()[repeats], float(squares @ change.square_()) / 2)
+                found[key] = found[key] + part if key in found else part
+    return found
 
 
 def measure_each(
