@@ -82,3 +82,39 @@ def test_evened_out_weights_and_columns_that_stay() -> None:
     (codes,) = Compensation(x.T @ x).codes([Grid(weight, held, factors, exact)])
     assert torch.equal(codes[:, exact], held.codes[:, exact])
     assert error(codes) < 0.5 * error(held.codes)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("evened", [False, True])
+def test_fitted_scales_lessen_the_error(form: WeightFormat, evened: bool) -> None:
+    torch.manual_seed(0)
+    depth = 3 * 128 + 37
+    weight, x = torch.randn(24, depth), torch.randn(2000, 20) @ torch.randn(20, depth) + 0.3 * torch.randn(2000, depth)
+    factors = torch.rand(depth) + 0.5 if evened else torch.ones(depth)
+    exact = torch.tensor([3, 50]) if evened else torch.tensor([], dtype=torch.int64)
+    held = quantise((weight / factors).index_fill(1, exact, 0.0), form)
+    compensation = Compensation(x.T @ x)
+    grid = Grid(weight, held, factors if evened else None, exact if evened else None)
+
+    def error(found: Quantized) -> float:
+        stored = (found.dequantise() * factors).index_copy(1, exact, weight[:, exact])
+        return float((x @ (stored - weight).T).square().mean())
+
+    (codes,), (found,) = compensation.codes([grid]), compensation.stored([grid])
+    before = error(Quantized(form, codes, held.scales, held.minimums, held.channels))
+    assert error(found) < (0.95 if form.group else 1.0) * before
+    for mine, given in zip(found.stored.values(), held.stored.values(), strict=True):
+        assert (mine is None) == (given is None)
+        assert mine is None or (mine.dtype, mine.shape) == (given.dtype, given.shape)
+
+
+def test_scales_that_the_inputs_say_nothing_of_stay() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 64)
+    held = quantise(weight, WeightFormat(4, 32))
+    (found,) = Compensation(torch.zeros(64, 64)).stored([Grid(weight, held)])
+    assert found.dequantise().isfinite().all()
+    assert (found.dequantise() - weight).norm() < 1.01 * (held.dequantise() - weight).norm()
+    zeros = quantise(torch.zeros(8, 64), WeightFormat(4, 32))
+    (found,) = Compensation(torch.eye(64)).stored([Grid(torch.zeros(8, 64), zeros)])
+    assert found.dequantise().abs().max() == 0

@@ -17,9 +17,12 @@ from planish.assignment import covers
 from planish.bench import tune
 from planish.capture import capture
 from planish.errors import BudgetError, CalibrationError, UnknownNameError
+from planish.formats import Format
 from planish.passes import Canonicalize
 from planish.passes.precision import QuantizeMixed
 from planish.passes.precision.calibration import Channels
+from planish.passes.precision.codes import knows_inputs
+from planish.passes.precision.layer import NOTABLE_WEIGHT, Matrix
 from planish.passes.precision.loss import Loss
 from planish.passes.precision.sensitivity import Sample, measure, measure_each, probe, refine, split
 from planish.passes.precision.simulation import Simulation
@@ -136,11 +139,11 @@ def test_what_is_simulated_is_what_runs() -> None:
     sites, _ = find_sites(program, "test", Result())
     treatments = {i: Treatment.parse(call.assignment.pins[site.name]) for i, site in enumerate(sites)}
     loss, total = Loss.of(program), 0.0
-    others = [Sample((data(i, 1),)) for i in range(100, 108)]
+    others = [Sample((data(i, 1),)) for i in range(100, 124)]
     for sample in others:
         total += loss.measure(program.run(*sample.tensors), [call(*sample.tensors)]) / len(others)
     assert measure(Simulation.of(program, sites, (None,)), treatments, loss, others) == pytest.approx(total, rel=0.02)
-    assert call.assignment.measured_loss == pytest.approx(total, rel=0.3)
+    assert call.assignment.measured_loss == pytest.approx(total, rel=0.4)
     assert call.assignment.predicted_loss == pytest.approx(total, rel=0.5)
 
 
@@ -372,6 +375,23 @@ def test_outlier_channels_are_offered_where_there_are_some() -> None:
         for s in call.steps
         for note in s.notes
     )
+
+
+def test_a_weight_with_outliers_keeps_channels_and_makes_up_for_errors_of_8_bits() -> None:
+    spiky = model()
+    with torch.no_grad():
+        spiky.layer[1].down.weight[3, 7] = 20.0
+    linears = [(name, part) for name, part in spiky.named_modules() if isinstance(part, nn.Linear)]
+    layers = {name: Matrix(part.weight, part.in_features) for name, part in linears}
+    assert [name for name, layer in layers.items() if layer.outlier_score >= NOTABLE_WEIGHT] == ["layer.1.down"]
+    call = planish.compile(
+        spiky, (data(0),), target="reference", calibration=CALIBRATION, budget=planish.Budget(bits=6.5), cache=False
+    )
+    assert call.assignment.pins["layer.1.down"].endswith("+2")
+    assert not any(form.endswith("+2") for name, form in call.assignment.pins.items() if name != "layer.1.down")
+    form = Format.parse("w8a8")
+    assert knows_inputs(layers["layer.1.down"], form)
+    assert not knows_inputs(layers["layer.1.up"], form)
 
 
 def test_the_loss_of_hidden_states_is_the_cosine() -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from planish.formats import Format, Quantized, quantise
 from planish.passes.precision.gptq import Compensation, Grid
-from planish.passes.precision.layer import Matrix
+from planish.passes.precision.layer import NOTABLE_WEIGHT, Matrix
 from planish.passes.precision.operand import Operand
 
 EXACT_BITS = 8
-"""Of codes that have next to no errors."""
+"""Of codes that have next to no errors, unless their scale is that of a large outlier."""
 
 
 Ways = Sequence[tuple[Format, Operand | None]]
@@ -26,8 +25,8 @@ Held = list[list[Quantized]]
 def held_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = False) -> Held:
     """The codes of layers' weights: of what their evened-out input is multiplied by, 0 at outliers.
 
-    With calibration, those of linear layers and 1 x 1 convolutions make up for each other's errors, unless they have 8
-    bits.
+    With calibration, those of linear layers and 1 x 1 convolutions make up for each other's errors, where they have
+    fewer than 8 bits or the weight has outliers.
 
     Args:
         layers: that read one value.
@@ -43,7 +42,7 @@ def nearest_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = 
 
 
 def compensated(layers: Sequence[Matrix], ways: Ways, nearest: Held, without: int | None = None) -> Held:
-    """The nearest codes, or others with the same scales that make up for each other's errors.
+    """The nearest codes, or others and other scales that make up for each other's errors.
 
     Args:
         layers, ways: as in ``held_weights``.
@@ -59,9 +58,8 @@ def compensated(layers: Sequence[Matrix], ways: Ways, nearest: Held, without: in
                 grids[way, i] = Grid(layer.weight, nearest[way][i], operand.equaliser, operand.outliers)
     if moment is None:
         return found
-    codes = Compensation(moment).codes(list(grids.values()))
-    for (way, i), of_one in zip(grids, codes, strict=True):
-        found[way][i] = replace(found[way][i], codes=of_one)
+    for (way, i), held in zip(grids, Compensation(moment).stored(list(grids.values())), strict=True):
+        found[way][i] = held
     return found
 
 
@@ -76,7 +74,7 @@ def _nearest(layer: Matrix, form: Format, operand: Operand | None, per_tensor: b
 
 def knows_inputs(layer: Matrix, form: Format) -> bool:
     """Whether the codes of a layer's weight depend on its inputs in calibration."""
-    return form.weight.bits < EXACT_BITS and layer.is_pointwise
+    return layer.is_pointwise and (form.weight.bits < EXACT_BITS or layer.outlier_score >= NOTABLE_WEIGHT)
 
 
 def rounded_weight(layer: Matrix, held: Quantized, operand: Operand | None) -> Tensor:
