@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from planish import models
+from planish.bench import nncf_peer
 from planish.bench.digits import trained_mobilevit
 from planish.bench.result import BenchResult
 from planish.capture import capture
@@ -157,11 +158,16 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             scorers += [facts | row for row in of_one]
             log(f"{name}, seed {seed}: assignments on other inputs")
             rows += [facts | row for row in _assignments(case, found)]
+            peers = list[dict[str, Any]]()
+            if name == "minilm" and nncf_peer.is_installed():
+                log(f"{name}, seed {seed}: assignments by NNCF")
+                peers = nncf_peer.assignments(_module(loaded), case.samples, case.held_out, case.loss)
             log(f"{name}, seed {seed}: the same with codes by GPTQ")
             case = _case(loaded, SUBJECTS[name], seed, compensate=True)
             scores = probe(case.simulation, case.loss, case.samples, seed=seed)
             compensated = [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)]
-            rows += [facts | row for row in _assignments(case, compensated)]
+            rows += [facts | row for row in _assignments(case, compensated, [row["bits"] for row in peers])]
+            rows += [facts | row for row in peers]
     extra = {"scorers": scorers, "assignments": rows, "formats": list(WEIGHTS)}
     return BenchResult("precision", options.threads, {}, [], [], [], extra)
 
@@ -171,8 +177,7 @@ def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool 
     inputs = loaded.data.batches(300, 1, subject.max_len)
     random.Random(seed).shuffle(inputs)
     parts = inputs[: subject.inputs], inputs[subject.inputs : 2 * subject.inputs]
-    model = Embedder(loaded.model).eval() if loaded.name == "minilm" else loaded.model
-    program, _ = capture(model, loaded.inputs, loaded.dynamic)
+    program, _ = capture(_module(loaded), loaded.inputs, loaded.dynamic)
     passes = default_pipeline(QuantizeMixed())
     before = resolve(passes[: [getattr(p, "name", p) in QUANTISERS for p in passes].index(True)])
     program, _ = run_pipeline(program, before, Target.host())
@@ -186,6 +191,11 @@ def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool 
     samples = split(program)
     simulation = Simulation.of(program, sites, [None, *(s.half for s in samples)])
     return Case(subject, simulation, sites, Loss.of(program), samples, [Sample(tensors) for tensors in others])
+
+
+def _module(loaded: LoadedModel) -> torch.nn.Module:
+    """What is scored: of an encoder, the mean over its tokens."""
+    return Embedder(loaded.model).eval() if loaded.name == "minilm" else loaded.model
 
 
 def _flat(names: Sequence[str], batches: Sequence[Batch]) -> list[tuple[torch.Tensor, ...]]:
@@ -266,8 +276,11 @@ def _agreement(scorer: Scorer, direct: Losses) -> dict[str, Any]:
     return {"spearman": rank(list(direct)), "spearman_within": within, "ratio_at_many_bits": ratio}
 
 
-def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
-    """For each scorer and size the assignment's loss on the other inputs; and that of one format for all."""
+def _assignments(case: Case, scorers: Sequence[Scorer], more: Sequence[float] = ()) -> list[dict[str, Any]]:
+    """For each scorer and size the assignment's loss on the other inputs, and that of one format for all.
+
+    ``more`` are sizes of peers' assignments, in bits of a weight.
+    """
     suffix = ", GPTQ" if scorers[0].name == COMPENSATED else ""
     weights = sum(layer.weight.numel() for site in case.sites for layer in site.layers)
     rows: list[dict[str, Any]] = []
@@ -276,7 +289,7 @@ def _assignments(case: Case, scorers: Sequence[Scorer]) -> list[dict[str, Any]]:
         nbytes = sum(_nbytes(site, everywhere[i]) for i, site in enumerate(case.sites))
         loss = measure(case.simulation, everywhere, case.loss, case.held_out)
         rows.append({"scorer": f"uniform {form}{suffix}", "bits": 8 * nbytes / weights, "held_out": loss})
-    sizes = case.subject.bits or sorted(row["bits"] for row in rows)
+    sizes = sorted({*(case.subject.bits or (row["bits"] for row in rows)), *more})
     for scorer in scorers:
         blocks = _blocks(case, scorer)
         for bits in sizes:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from planish.bench import (
     latency,
     limits,
     memory,
+    nncf_peer,
     overhead,
     precision,
     qgemm,
@@ -41,6 +43,8 @@ from planish.bench.latency import Ratio, interleave, speedup
 from planish.bench.peer import COMPUTE
 from planish.errors import TargetError, ToolchainError, UnknownNameError
 from planish.models.smollm2 import perplexity
+from planish.passes.precision.loss import Loss
+from planish.passes.precision.sensitivity import Sample
 
 _MS = st.lists(st.floats(0.5, 50.0), min_size=7, max_size=20)
 
@@ -363,6 +367,43 @@ def test_precision_on_a_few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "uniform w3-g32, GPTQ" in text
     with pytest.raises(UnknownNameError, match="no model 'bert' to score"):
         precision.run(precision.Options(1, 1, ("bert",)), planish.compile, lambda phase: None)
+
+
+def test_nncf_is_compared_at_its_real_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for it that stores weights as bytes with an fp16 scale."""
+
+    class Compressed(torch.nn.Module):
+        def __init__(self, model: torch.nn.Module) -> None:
+            super().__init__()
+            (layer,) = (m for m in model.modules() if isinstance(m, torch.nn.Linear))
+            scale = (layer.weight.abs().max() / 127).half()
+            self.register_buffer("codes", (layer.weight / scale.float()).round().to(torch.int8))
+            self.register_buffer("scale", scale)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.codes.float() * self.scale.float()).T
+
+    asked: list[dict[str, Any]] = []
+
+    def compress(model: torch.nn.Module, **how: Any) -> Compressed:
+        asked.append(how)
+        return Compressed(model)
+
+    modes = SimpleNamespace(INT4_SYM="int4", INT8_SYM="int8")
+    stand_in = SimpleNamespace(
+        CompressWeightsMode=modes, BackupMode=modes, Dataset=list, compress_weights=compress,
+        IgnoredScope=lambda **how: how, set_log_level=lambda level: None,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "nncf", stand_in)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False)).eval().requires_grad_(False)
+    samples = [Sample((torch.randn(4, 64),)) for _ in range(6)]
+    rows = nncf_peer.assignments(model, samples[:3], samples[3:], Loss(("cosine",)))
+    assert [how["ratio"] for how in asked] == [*nncf_peer.RATIOS, *nncf_peer.RATIOS]
+    assert {len(how["dataset"]) for how in asked} == {3}
+    assert {row["bits"] for row in rows} == {8 + 16 / (64 * 32)}
+    assert all(0 < row["held_out"] < 1e-3 for row in rows)
+    assert rows[0]["scorer"] == "nncf, 100% 4 bits"
 
 
 PEERS = [ONNXRUNTIME_INT8, *COMPUTE]
