@@ -159,8 +159,8 @@ def _next(layer: LayerChoice) -> str:
 
 
 def covers(prefix: str, name: str) -> bool:
-    """Whether the name of layers begins with a prefix, of whole parts; of ``a.b|c``, ``a.b`` or ``a.c`` does."""
-    first, *others = name.split("|")
+    """Whether the name of layers begins with a prefix, of whole parts; of ``a.b|c#2``, ``a.b`` or ``a.c`` does."""
+    first, *others = name.partition("#")[0].split("|")
     stem = first.rpartition(".")[0]
     names = [first, *(other if "." in other or not stem else f"{stem}.{other}" for other in others)]
     return name == prefix or any(n == prefix or n.startswith(prefix + ".") for n in names)

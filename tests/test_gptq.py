@@ -118,3 +118,19 @@ def test_scales_that_the_inputs_say_nothing_of_stay() -> None:
     zeros = quantise(torch.zeros(8, 64), WeightFormat(4, 32))
     (found,) = Compensation(torch.eye(64)).stored([Grid(torch.zeros(8, 64), zeros)])
     assert found.dequantise().abs().max() == 0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-3])
+def test_inputs_that_are_always_zero_do_not_set_scales(size: float) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 64), size * torch.randn(4000, 8) @ torch.randn(8, 64)
+    x = (x + 0.3 * size * torch.randn(4000, 64)) * (torch.arange(64) % 2)
+    held = quantise(weight, WeightFormat(4, 32))
+    compensation = Compensation(x[:256].T @ x[:256])
+    (fitted,), (codes,) = (compensation.stored([Grid(weight, held)], refits=refits) for refits in (True, False))
+
+    def error(found: Quantized) -> float:
+        return float((x[256:] @ (found.dequantise() - weight).T).square().mean())
+
+    assert torch.equal(codes.scales, held.scales)
+    assert error(fitted) < 0.97 * error(codes)

@@ -69,11 +69,17 @@ class Channels:
             return self.moments.sum(0)
         return self.moments[1 - without]
 
-    def add(self, x: Tensor, first: Tensor | None) -> None:
-        """Take in a batch [rows, K], maybe of none; ``first`` marks the rows that are first tokens, bool [rows]."""
+    def add(self, x: Tensor, first: Tensor | None, half: int) -> None:
+        """Take in a batch [rows, K], maybe of none.
+
+        Args:
+            x: the batch.
+            first: which rows are first tokens, bool [rows]; None where there are no sequences.
+            half: of the batches that it is in, 0 or 1.
+        """
         if not len(x):
             return
-        largest, half = x.abs().amax(0), len(self.parts) % 2
+        largest = x.abs().amax(0)
         self.largest = torch.maximum(self.largest, largest)
         self.halves = self.halves.expand(2, len(largest)).clone()
         self.halves[half] = torch.maximum(self.halves[half], largest)
@@ -133,7 +139,7 @@ class _Observer(fx.Interpreter):
                     why="its scale would be meaningless",
                     fix="check that batch in eager PyTorch, and leave it out",
                 )
-            self._found[n].add(result.reshape(-1, result.shape[-1]), self._first_tokens(result))
+            self._found[n].add(result.reshape(-1, result.shape[-1]), self._first_tokens(result), self._number % 2)
         if n.target is planish_ops.token_starts.default:
             self._starts = result
         return result

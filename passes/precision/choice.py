@@ -30,7 +30,7 @@ def allowed_treatments(
 
     Raises:
         UnknownNameError: a pin's name is that of no layer, or its format is not among the layer's.
-        BudgetError: two pins give a site different formats.
+        BudgetError: two pins give a site different formats, neither by its whole name.
     """
     found = [(*(site.treatments if searched else ()), Treatment()) for site in sites]
     by: dict[int, tuple[str, str]] = {}
@@ -43,9 +43,12 @@ def allowed_treatments(
         if treatment.format is not None and treatment.format.activation == "fp":
             raise UnknownNameError(f"{form!r} has no kernel", fix=f"pin {name!r} to a format with a8, or to fp")
         for i in covered:
-            if i in by and by[i][1] != form:
+            before = by.get(i)
+            if before is not None and before[0] == sites[i].name != name:
+                continue  # a whole name says more than the beginning of some
+            if before is not None and before[1] != form and name != sites[i].name:
                 raise BudgetError(
-                    f"{sites[i].name} is pinned to {by[i][1]!r} by {by[i][0]!r} and to {form!r} by {name!r}",
+                    f"{sites[i].name} is pinned to {before[1]!r} by {before[0]!r} and to {form!r} by {name!r}",
                     why="layers that read the same value have the same format",
                     fix="remove one of the pins",
                 )

@@ -33,7 +33,7 @@ def held_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = Fal
         ways: how they are stored.
         per_tensor: one scale for all of a weight.
     """
-    return compensated(layers, ways, nearest_weights(layers, ways, per_tensor=per_tensor))
+    return compensated(layers, ways, nearest_weights(layers, ways, per_tensor=per_tensor), refits=not per_tensor)
 
 
 def nearest_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = False) -> Held:
@@ -41,13 +41,16 @@ def nearest_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = 
     return [[_nearest(layer, form, operand, per_tensor) for layer in layers] for form, operand in ways]
 
 
-def compensated(layers: Sequence[Matrix], ways: Ways, nearest: Held, without: int | None = None) -> Held:
+def compensated(
+    layers: Sequence[Matrix], ways: Ways, nearest: Held, without: int | None = None, *, refits: bool = True
+) -> Held:
     """The nearest codes, or others and other scales that make up for each other's errors.
 
     Args:
         layers, ways: as in ``held_weights``.
         nearest: by ``nearest_weights``.
         without: half of the calibration batches that the codes are not to know; see ``Channels.moment``.
+        refits: whether scales may change; if not, codes alone do.
     """
     found, grids = [list(of_way) for of_way in nearest], dict[tuple[int, int], Grid]()
     moment = None
@@ -58,7 +61,7 @@ def compensated(layers: Sequence[Matrix], ways: Ways, nearest: Held, without: in
                 grids[way, i] = Grid(layer.weight, nearest[way][i], operand.equaliser, operand.outliers)
     if moment is None:
         return found
-    for (way, i), held in zip(grids, Compensation(moment).stored(list(grids.values())), strict=True):
+    for (way, i), held in zip(grids, Compensation(moment).stored(list(grids.values()), refits=refits), strict=True):
         found[way][i] = held
     return found
 

@@ -130,7 +130,7 @@ def _block(sites: Sequence[Site], kept: Sequence[Sequence[Option]], scores: Scor
 
     Of the thousands of pairs many are large by chance, and a minimum finds those: they are shrunk by their errors.
     """
-    some = next(iter(scores.sums.values()), torch.zeros(1, 1))
+    some = next(iter(scores.sums.values()), torch.zeros(1, 1, dtype=torch.float64))
     sums = [
         torch.stack([scores.sums.get((i, o.treatment), torch.zeros_like(some)).flatten() for o in kept[i]])
         for i in members

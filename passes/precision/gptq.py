@@ -26,6 +26,9 @@ REFITS = 2
 RIDGE = 1e-2
 """Of a scale's own square in the fit: what the inputs do not tell stays as it was."""
 
+UNUSED = 1e-6
+"""Of the largest moment: what an input that is always 0 counts in the fit of scales."""
+
 FIT_NUMBERS = 1 << 25
 """Numbers that are held at once for the scales of some rows."""
 
@@ -63,15 +66,17 @@ class Compensation:
         self._order = moment.diagonal().argsort(descending=True, stable=True)
         moment = moment[self._order][:, self._order].double()
         diagonal = moment.diagonal()
-        damping = torch.where(diagonal > 0, DAMPING * diagonal, 1.0)
-        damped = moment + torch.diag(damping)
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        damping, unused = DAMPING * diagonal, diagonal == 0
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + torch.diag(damping + unused.double())))
         self._upper = torch.linalg.cholesky(inverse, upper=True).float()
         back = self._order.argsort()
-        self._moment = damped[back][:, back].float()
+        # inputs that are always 0 share scales with others, which are to count
+        self._moment = (moment + torch.diag(damping + UNUSED * diagonal.max() * unused))[back][:, back].float()
 
-    def stored(self, grids: Sequence[Grid]) -> list[Quantized]:
-        """Codes, scales that are fitted to them, codes for those scales, and so on ``REFITS`` times."""
+    def stored(self, grids: Sequence[Grid], *, refits: bool = True) -> list[Quantized]:
+        """Codes, scales that are fitted to them, codes for those scales, and so on ``REFITS`` times; or codes alone."""
+        if not refits:
+            return [replace(g.held, codes=c) for g, c in zip(grids, self.codes(grids), strict=True)]
         for _ in range(REFITS):
             codes = self.codes(grids)
             grids = [self._refitted(grid, of_one) for grid, of_one in zip(grids, codes, strict=True)]

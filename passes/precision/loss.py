@@ -83,6 +83,9 @@ class Loss:
                 continue
             want, got = (t.double().reshape(-1, t.shape[-1]) for t in (want, got))
             keep = want.abs().amax(1) > 0
+            if not keep.any():
+                losses.append(torch.zeros((), dtype=torch.float64))
+                continue
             want, got = want[keep], got[keep]
             if kind == KL:
                 logs = want.log_softmax(1)
@@ -118,5 +121,5 @@ class Loss:
                 unit = rows / size
                 r = torch.randn(rows.shape, generator=generator, dtype=rows.dtype)
                 r = (r - (r * unit).sum(1, keepdim=True) * unit) / size
-            found.append((torch.where(keep, r, 0.0) / (counted * keep.sum()).sqrt()).reshape(y.shape))
+            found.append((torch.where(keep, r, 0.0) / (counted * keep.sum()).clamp_min(1).sqrt()).reshape(y.shape))
         return found

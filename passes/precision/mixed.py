@@ -10,6 +10,7 @@ from typing import ClassVar
 from planish.budget import Budget
 from planish.errors import BudgetError, CalibrationError
 from planish.passes.precision.cache import load_scores, save_scores, scores_file
+from planish.passes.precision.calibration import Channels
 from planish.passes.precision.choice import allowed_treatments, choose, explain
 from planish.passes.precision.columns import options
 from planish.passes.precision.loss import Loss
@@ -19,6 +20,7 @@ from planish.passes.precision.sensitivity import (
     NOTHING,
     Sample,
     Scores,
+    halve,
     measure,
     probe,
     refine,
@@ -91,11 +93,14 @@ class _Work:
 
     def run(self) -> None:
         """Sites, their scores, the program over them, and the rewriting."""
+        batches = len(self.program.calibration)
+        halve(self.program)
         sites, channels = find_sites(self.program, QuantizeMixed.name, self.result, self.options.menu, self.options.pin)
         if not sites:
             raise BudgetError(
                 "no layer can be on codes", why="; ".join(r.reason for r in self.result.refusals) or "there is none"
             )
+        self._say_halves(sites, channels)
         allowed = allowed_treatments(sites, self.options.pin, searched=self.options.budget is not None)
         loss, samples = Loss.of(self.program, self.options.measure or None), split(self.program)
         open_sites = [
@@ -104,7 +109,6 @@ class _Work:
         simulation = Simulation.of(self.program, open_sites, [s.half for s in samples], self.options.executor)
         probed, kept = selection(samples)
         scores = NOTHING if self.options.budget is None else self._score(simulation, open_sites, loss, probed)
-        batches = len(self.program.calibration)
         by_site = [
             options(i, site, channels[i], batches, scores, allowed[i], self.target) for i, site in enumerate(sites)
         ]
@@ -133,6 +137,13 @@ class _Work:
                 save_scores(file, scores)
         self._say_scores(sites, scores, len(samples), was_kept)
         return scores
+
+    def _say_halves(self, sites: Sequence[Site], channels: Sequence[Channels]) -> None:
+        """Where no other data can judge a layer's codes."""
+        for site, seen in zip(sites, channels, strict=True):
+            if seen.moments is not None and seen.moments.any() and not seen.moments.flatten(1).any(1).all():
+                text = "its codes are judged by the inputs they know, as every other batch has none: losses seem less"
+                self.result.notes.append(Note.at(QuantizeMixed.name, site.layers[0].node, text))
 
     def _say_scores(self, sites: Sequence[Site], scores: Scores, wanted: int, was_kept: bool) -> None:
         """What the assignment's figures rest on."""

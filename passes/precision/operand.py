@@ -18,7 +18,7 @@ HEADROOM = 2.0
 if every channel filled the range, one always would be."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Operand:
     """What calibration says of a value that some layers read.
 

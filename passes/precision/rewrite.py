@@ -72,7 +72,7 @@ class Rewriter:
         node = layer.node
         outliers = None if operand is None else operand.outliers
         equaliser = None if operand is None else operand.equaliser
-        key = (node.args[1].target, form.weight, id(operand) if operand else None)  # pyright: ignore
+        key = (node.args[1].target, form.weight, operand)  # pyright: ignore
         if key not in self._stored:
             self._stored[key] = self._store(str(node.args[1].target), layer, form, operand)  # pyright: ignore
         graph = self.program.module.graph

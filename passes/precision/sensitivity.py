@@ -34,7 +34,7 @@ ALL_PROBES = 192
 """Of all inputs together: the standard error of a score is then a tenth of it. A minimum finds the errors of scores."""
 
 GRADIENT_BYTES = 4 << 30
-"""That the gradients of an input may take; where they would take more, it has fewer probes."""
+"""That the gradients of an input may take; where they would take more, probes are done in several goes."""
 
 MEASURED = 0.1
 """Share of the scored treatments, those of greatest loss, that are measured directly."""
@@ -101,16 +101,26 @@ NOTHING = Scores({}, {}, 0, True, 0.0)
 
 def split(program: Program) -> list[Sample]:
     """The calibration inputs one by one, where all of them have the same dynamic first axis; else batch by batch."""
-    specs = program.inputs[: program.arguments]
-    first = {spec.shape[0] if spec.shape else None for spec in specs}
-    state = program.example[program.arguments :]
-    (axis,) = first if len(first) == 1 else (None,)
-    alone = str(axis) in program.dims and program.dims[str(axis)].min == 1
+    state, alone = program.example[program.arguments :], _has_rows(program)
     return [
         Sample((*row, *state), number % 2)
         for number, batch in enumerate(program.calibration)
         for row in (zip(*(t.split(1) for t in batch), strict=True) if alone else [batch])
     ]
+
+
+def halve(program: Program) -> None:
+    """Split an only calibration batch in two where it has rows, so that the halves can judge each other's codes."""
+    if len(program.calibration) == 1 and _has_rows(program) and len(program.calibration[0][0]) > 1:
+        rows = len(program.calibration[0][0])
+        program.calibration = tuple(zip(*(t.split(-(-rows // 2)) for t in program.calibration[0]), strict=True))
+
+
+def _has_rows(program: Program) -> bool:
+    """Whether all inputs have the same dynamic first axis, which may be 1."""
+    first = {spec.shape[0] if spec.shape else None for spec in program.inputs[: program.arguments]}
+    (axis,) = first if len(first) == 1 else (None,)
+    return str(axis) in program.dims and program.dims[str(axis)].min == 1
 
 
 def probe(
@@ -140,7 +150,7 @@ def probe(
         of_one for piece in run_all("probing", _probe_all, arguments, executor, start + deadline) for of_one in piece
     ]
     sums = {key: torch.stack([of_one[key].sums for of_one in found]) for key in found[0]}
-    diagonal = {key: statistics.fmean(of_one[key].diagonal for of_one in found) for key in found[0]}
+    diagonal = {key: statistics.fmean(of_one[key].diagonal for of_one in found) / probes for key in found[0]}
     sums, complete = steadied(sums, diagonal), len(found) == len(samples)
     return Scores(sums, {}, len(found), complete, time.perf_counter() - start, diagonal)
 
@@ -175,13 +185,18 @@ def refine(
 
 @dataclass(frozen=True)
 class _Probed:
-    """Of a site, a treatment and an input: ``sum g dy``, fp64 [probes], and the mean of ``sum g^2 dy^2 / 2``."""
+    """Of a site, a treatment and an input: ``sum g dy``, fp64 [probes], and the total of ``sum g^2 dy^2 / 2``."""
 
     sums: Tensor
     diagonal: float
 
     def __add__(self, other: _Probed) -> _Probed:
+        """Of two layers."""
         return _Probed(self.sums + other.sums, self.diagonal + other.diagonal)
+
+    def and_more(self, other: _Probed) -> _Probed:
+        """With other probes."""
+        return _Probed(torch.cat([self.sums, other.sums]), self.diagonal + other.diagonal)
 
 
 def _probe_all(
@@ -192,32 +207,44 @@ def _probe_all(
 
 
 def _probe(simulation: Simulation, loss: Loss, sample: Sample, seed: int, probes: int) -> dict[Key, _Probed]:
-    """What the changes of each site and treatment contract to."""
+    """What the changes of each site and treatment contract to, as many probes at once as there is memory for."""
     places = simulation.nodes()
     nodes = [places[layer.node] for group in simulation.sites for layer in group]
     recorder = Recorder(simulation.module, frozenset(nodes))
     generator = torch.Generator().manual_seed(seed)
+    found: dict[Key, _Probed] = {}
     with torch.enable_grad():
         outputs = recorder.run(*(t.clone() if t.is_inference() else t for t in sample.tensors))
         values = [recorder.seen[node][1] for node in nodes]
-        own = max(1, min(probes, GRADIENT_BYTES // sum(4 * value.numel() for value in values)))
-        gradients: list[Sequence[Tensor | None]] = []
-        for number in range(own):
-            parts = zip(outputs, loss.probe([t.detach() for t in outputs], generator), strict=True)
-            total = torch.stack([(y * r).sum() for y, r in parts if r is not None]).sum()
-            gradients.append(torch.autograd.grad(total, values, retain_graph=number < own - 1, allow_unused=True))
-    by_node = {node: [probe[i] for probe in gradients] for i, node in enumerate(nodes)}
-    repeats = torch.arange(probes) % own  # so that all inputs have as many sums
-    found: dict[Key, _Probed] = {}
+        together = max(1, GRADIENT_BYTES // sum(4 * value.numel() for value in values))
+        for start in range(0, probes, together):
+            end = min(probes, start + together)
+            gradients: list[Sequence[Tensor | None]] = []
+            for number in range(start, end):
+                parts = zip(outputs, loss.probe([t.detach() for t in outputs], generator), strict=True)
+                total = torch.stack([(y * r).sum() for y, r in parts if r is not None]).sum()
+                more = number < probes - 1
+                gradients.append(torch.autograd.grad(total, values, retain_graph=more, allow_unused=True))
+            by_node = {node: [probe[i] for probe in gradients] for i, node in enumerate(nodes)}
+            for key, part in _contracted(simulation, recorder, by_node, sample.half).items():
+                found[key] = found[key].and_more(part) if key in found else part
+    return found
+
+
+def _contracted(
+    simulation: Simulation, recorder: Recorder, gradients: dict[fx.Node, list[Tensor | None]], half: int | None
+) -> dict[Key, _Probed]:
+    """Gradients of each layer's output times the changes of it; takes them out of ``gradients``, to free them."""
+    places, found = simulation.nodes(), dict[Key, _Probed]()
     for index, group in enumerate(simulation.sites):
         for layer in group:
             node = places[layer.node]
             args, y = recorder.seen[node]
-            g = torch.stack([torch.zeros_like(y) if g is None else g for g in by_node.pop(node)]).flatten(1)
-            squares = g.square().mean(0)
-            for treatment, change in layer.changes(args, node.target, list(layer.operands), sample.half):
+            g = torch.stack([torch.zeros_like(y) if g is None else g for g in gradients.pop(node)]).flatten(1)
+            squares = g.square().sum(0)
+            for treatment, change in layer.changes(args, node.target, list(layer.operands), half):
                 change, key = change.reshape(-1), (index, treatment)
-                part = _Probed((g @ change).double()[repeats], float(squares @ change.square_()) / 2)
+                part = _Probed((g @ change).double(), float(squares @ change.square_()) / 2)
                 found[key] = found[key] + part if key in found else part
     return found
 
@@ -309,7 +336,8 @@ def _rescaled(
         return sums
     part = {key: float(value[:samples].square().mean()) / 2 for key, value in sums.items()}
     whole = {key: float(value.square().mean()) / 2 for key, value in sums.items()}
-    carried = math.exp(statistics.fmean(math.log(whole[k] / part[k]) for k in sums if part[k] > 0 < whole[k]))
+    logs = [math.log(whole[k] / part[k]) for k in sums if part[k] > 0 < whole[k]]
+    carried = math.exp(statistics.fmean(logs)) if logs else 1.0
     ratios: dict[Treatment, list[float]] = {}
     for key, loss in measured.items():
         if part[key] > 0 < loss:

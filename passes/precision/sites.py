@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,15 +42,21 @@ class Site:
         layers: in graph order.
         treatments: those that they can have, fp32 not among them.
         operands: what calibration says of the value, for each treatment.
+        use: which one of the layers' uses, from 1: the same weights may read several values.
     """
 
     layers: tuple[Layer, ...]
     treatments: tuple[Treatment, ...]
     operands: Mapping[Treatment, Operand]
+    use: int = 1
 
     @property
     def name(self) -> str:
-        """Of its layers: ``encoder.layer.0.attention.self.query|key|value``."""
+        """Of its layers: ``encoder.layer.0.attention.self.query|key|value``; of their second use ``shared.dense#2``."""
+        return self._layers if self.use == 1 else f"{self._layers}#{self.use}"
+
+    @property
+    def _layers(self) -> str:
         first = self.layers[0].name.rpartition(".")[0]
         if len(self.layers) > 1 and all(layer.name.rpartition(".")[0] == first for layer in self.layers):
             names = "|".join(layer.name.rpartition(".")[2] for layer in self.layers)
@@ -80,19 +87,22 @@ def find_sites(
     for node in nodes:
         together.setdefault((node.args[0], node.target), []).append(Layer.of(program, node))
     images = any(node.target is CONVOLUTION_LAST for node in nodes)
-    sites: list[Site] = []
+    sites, uses = list[Site](), Counter[str]()
     for group in together.values():
+        bare = Site(tuple(group), (), {})
+        uses[bare.name] += 1
+        bare = replace(bare, use=uses[bare.name])
         seen = channels[group[0].node]
         if not seen.rows:
             result.notes.append(Note.at(name, group[0].node, "calibration never reached it: it stays fp32"))
-        pinned = [form for n, form in pins if _suits(form, group) and covers(n, Site(tuple(group), (), {}).name)]
+        pinned = [form for n, form in pins if _suits(form, group) and covers(n, bare.name)]
         names = dict.fromkeys((*_menu(group, seen, menu), *pinned)) if seen.rows else ()
         treatments = tuple(Treatment.parse(n) for n in names)
         weights = torch.cat([layer.by_channel() for layer in group])
         operands = {
             t: Operand.of(seen, weights, t.format, t.outliers, equalise=not images) for t in treatments if t.format
         }
-        sites.append(Site(tuple(group), treatments, _sharing_equalisers(operands)))
+        sites.append(replace(bare, treatments=treatments, operands=_sharing_equalisers(operands)))
     return sites, [channels[site.layers[0].node] for site in sites]
 
 

@@ -47,7 +47,8 @@ class QuantizeUniform(Pass):
         per_tensor: one scale for all of a weight instead of one for each output feature; to compare.
 
     Without calibration each row's scale is found when it is computed. With it, formats with static scales are possible,
-    convolutions become codes, codes of less than 8 bits make up for each other's errors (GPTQ), biases are corrected by
+    convolutions become codes, codes of less than 8 bits, or of weights with outliers, and their scales make up for each
+    other's errors (GPTQ; with ``per_tensor`` codes alone), biases are corrected by
     ``(W - Wq) E[x]`` (Data-Free Quantization), channels are evened out, and outliers are known. Codes
     that are made by static scales are stored instead of x where nothing else reads it: NaN among x becomes 0 there.
     """
