@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from planish.formats import Quantized, WeightFormat, quantise
+from planish.passes.precision.calibration import LEAST_DAMPING
 from planish.passes.precision.gptq import BLOCK, TOGETHER, Compensation, Grid
 
 FORMS = [WeightFormat(b, g, s) for b, g, s in ((4, 32, True), (3, 64, False), (2, None, True), (4, 128, True))]
@@ -14,7 +15,7 @@ FORMS = [WeightFormat(b, g, s) for b, g, s in ((4, 32, True), (3, 64, False), (2
 
 def rounded(weight: Tensor, held: Quantized, moment: Tensor) -> Tensor:
     """The weight that GPTQ's codes stand for."""
-    (codes,) = Compensation(moment).codes([Grid(weight, held)])
+    (codes,) = Compensation(moment, LEAST_DAMPING).codes([Grid(weight, held)])
     assert codes.dtype is torch.uint8
     return Quantized(held.format, codes, held.scales, held.minimums, held.channels).dequantise()
 
@@ -59,7 +60,7 @@ def test_the_weight_is_left_as_it_was() -> None:
 def test_weights_rounded_together_are_those_rounded_alone() -> None:
     torch.manual_seed(0)
     moment = torch.randn(64, 90)
-    compensation = Compensation(moment @ moment.T)
+    compensation = Compensation(moment @ moment.T, LEAST_DAMPING)
     sizes = (5, TOGETHER + 3, 40)
     grids = [Grid(w, quantise(w, f)) for n, f in zip(sizes, FORMS, strict=False) for w in [torch.randn(n, 64)]]
     together = compensation.codes(grids)
@@ -79,7 +80,7 @@ def test_evened_out_weights_and_columns_that_stay() -> None:
         stored = Quantized(held.format, codes, held.scales, held.minimums, held.channels).dequantise() * factors
         return float((x @ (stored.index_copy(1, exact, weight[:, exact]) - weight).T).square().mean())
 
-    (codes,) = Compensation(x.T @ x).codes([Grid(weight, held, factors, exact)])
+    (codes,) = Compensation(x.T @ x, LEAST_DAMPING).codes([Grid(weight, held, factors, exact)])
     assert torch.equal(codes[:, exact], held.codes[:, exact])
     assert error(codes) < 0.5 * error(held.codes)
 
@@ -93,7 +94,7 @@ def test_fitted_scales_lessen_the_error(form: WeightFormat, evened: bool) -> Non
     factors = torch.rand(depth) + 0.5 if evened else torch.ones(depth)
     exact = torch.tensor([3, 50]) if evened else torch.tensor([], dtype=torch.int64)
     held = quantise((weight / factors).index_fill(1, exact, 0.0), form)
-    compensation = Compensation(x.T @ x)
+    compensation = Compensation(x.T @ x, LEAST_DAMPING)
     grid = Grid(weight, held, factors if evened else None, exact if evened else None)
 
     def error(found: Quantized) -> float:
@@ -112,11 +113,11 @@ def test_scales_that_the_inputs_say_nothing_of_stay() -> None:
     torch.manual_seed(0)
     weight = torch.randn(8, 64)
     held = quantise(weight, WeightFormat(4, 32))
-    (found,) = Compensation(torch.zeros(64, 64)).stored([Grid(weight, held)])
+    (found,) = Compensation(torch.zeros(64, 64), LEAST_DAMPING).stored([Grid(weight, held)])
     assert found.dequantise().isfinite().all()
     assert (found.dequantise() - weight).norm() < 1.01 * (held.dequantise() - weight).norm()
     zeros = quantise(torch.zeros(8, 64), WeightFormat(4, 32))
-    (found,) = Compensation(torch.eye(64)).stored([Grid(torch.zeros(8, 64), zeros)])
+    (found,) = Compensation(torch.eye(64), LEAST_DAMPING).stored([Grid(torch.zeros(8, 64), zeros)])
     assert found.dequantise().abs().max() == 0
 
 
@@ -126,7 +127,7 @@ def test_inputs_that_are_always_zero_do_not_set_scales(size: float) -> None:
     weight, x = torch.randn(32, 64), size * torch.randn(4000, 8) @ torch.randn(8, 64)
     x = (x + 0.3 * size * torch.randn(4000, 64)) * (torch.arange(64) % 2)
     held = quantise(weight, WeightFormat(4, 32))
-    compensation = Compensation(x[:256].T @ x[:256])
+    compensation = Compensation(x[:256].T @ x[:256], LEAST_DAMPING)
     (fitted,), (codes,) = (compensation.stored([Grid(weight, held)], refits=refits) for refits in (True, False))
 
     def error(found: Quantized) -> float:

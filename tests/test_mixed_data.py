@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,15 @@ def test_an_only_batch_is_judged_by_its_halves() -> None:
 
 def test_the_halves_are_those_of_all_batches() -> None:
     """A batch that does not reach a layer counts too."""
-    seen = Channels(*(torch.zeros(2) for _ in range(3)), moments=torch.zeros(2, 2, 2))
-    for number, x in enumerate((torch.zeros(0, 2), torch.ones(3, 2), 2 * torch.ones(3, 2))):
+    totals = torch.zeros(2, 2, dtype=torch.float64)
+    seen = Channels(torch.zeros(2), torch.zeros(2), totals, moments=torch.zeros(2, 2, 2))
+    one, two = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 1.0]])
+    for number, x in enumerate((torch.zeros(0, 2), one, two)):
         seen.add(x, None, number % 2)
-    assert torch.equal(seen.moment(without=1), 12 * torch.ones(2, 2))
-    assert torch.equal(seen.moment(without=0), 3 * torch.ones(2, 2))
+    close = partial(torch.testing.assert_close, rtol=0.0, atol=1e-3)
+    close(seen.moment(without=0), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
+    close(seen.moment(without=1), torch.tensor([[0.0, 0.0], [0.0, 8.0]]))
+    close(seen.moment(), torch.tensor([[6.0, -6.0], [-6.0, 17.0]]))
 
 
 def test_rows_of_zeros_and_layers_that_do_nothing() -> None:

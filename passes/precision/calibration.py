@@ -20,6 +20,13 @@ SAMPLE = 256
 """Rows of a layer's input that are kept, in all and of each batch; and rows of a weight that errors are taken from."""
 
 
+LEAST_DAMPING, MOST_DAMPING = 0.03, 1e6
+"""Of ``Channels.damping``: the least is that of least loss on other data of MiniLM, of 0.01 to 0.3."""
+
+ROUNDING = 1e-5
+"""Of a channel's square sum, in fp32: as much as its variance may be off."""
+
+
 @dataclass
 class Channels:
     """Statistics of a layer's input, channel by channel (the last axis, K).
@@ -27,8 +34,8 @@ class Channels:
     Attributes:
         largest: largest magnitude, [K].
         later: the same without the first token of each sequence, [K]; equal where there are no sequences.
-        total: sum over all rows, fp64 [K].
-        rows: how many.
+        totals: sums over the rows of every other batch, and of those between, fp64 [2, K].
+        counts: how many rows these are, [2].
         parts: of each batch some rows, at most SAMPLE.
         halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
         moments: sums of ``x x'`` over every other batch, and over those between, [2, K, K]; None where neither a linear
@@ -37,11 +44,16 @@ class Channels:
 
     largest: Tensor
     later: Tensor
-    total: Tensor
-    rows: int = 0
+    totals: Tensor
+    counts: list[int] = field(default_factory=lambda: [0, 0])
     parts: list[Tensor] = field(default_factory=list[Tensor])
     halves: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
     moments: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many there were."""
+        return sum(self.counts)
 
     @property
     def sample(self) -> Tensor:
@@ -52,22 +64,51 @@ class Channels:
     @property
     def mean(self) -> Tensor:
         """Mean of each channel, fp32 [K]."""
-        return (self.total / max(self.rows, 1)).float()
+        return (self.totals.sum(0) / max(self.rows, 1)).float()
 
     def against_median(self) -> Tensor:
         """How many times each channel's largest magnitude exceeds the median channel's, [K]."""
         return self.largest / self.largest.median().clamp_min(torch.finfo(torch.float32).tiny)
 
     def moment(self, without: int | None = None) -> Tensor:
-        """Sum of ``x x'`` over the rows, [K, K].
+        """Sum of ``(x - E[x]) (x - E[x])'`` over the rows, [K, K]: what the mean does, a corrected bias takes off.
 
         Args:
             without: half of the batches to leave out, if there are others: 0 for the first, third, ..., or 1.
         """
         assert self.moments is not None
-        if without is None or not self.moments[1 - without].any():
-            return self.moments.sum(0)
-        return self.moments[1 - without]
+        halves = self._without(without)
+        total, count = self.totals[halves].sum(0), sum(self.counts[half] for half in halves)
+        squares = self.moments[halves].double().sum(0)
+        return (squares - total.outer(total) / max(count, 1) + ROUNDING * squares.diagonal().diag()).float()
+
+    def damping(self, without: int | None = None) -> float:
+        """Part of ``moment``'s diagonal to add to it, so that what is by chance in the rest of it counts for nothing.
+
+        Correlations that are there are in both halves of the batches, chance is not: of the squares of a half, or of
+        both, ``part`` is what the products of the two halves' correlations come to. Scaling all of them by it is the
+        best one number can do (Ledoit and Wolf 2004), and so is dividing the diagonal by it. Of one batch alone, chance
+        is taken to be that of independent rows.
+        """
+        halves = self._without(without)
+        scale = self.moment().diagonal().clamp_min(torch.finfo(torch.float32).tiny).rsqrt() * self.rows**0.5
+        found = self._correlations(halves, scale)
+        if all(self.counts):
+            common = (self._correlations([0], scale) * self._correlations([1], scale)).sum()
+        else:
+            common = found.square().sum() - len(scale) * (len(scale) - 1) / max(1, self.rows)
+        part = float(common / found.square().sum().clamp_min(torch.finfo(torch.float32).tiny))
+        return max(LEAST_DAMPING, 1 / min(1.0, max(part, 1 / MOST_DAMPING)) - 1)
+
+    def _without(self, without: int | None) -> list[int]:
+        """The halves but one, if the other has rows."""
+        return [0, 1] if without is None or not self.counts[1 - without] else [1 - without]
+
+    def _correlations(self, halves: list[int], scale: Tensor) -> Tensor:
+        """Of the channels, 0 with themselves."""
+        without = None if len(halves) > 1 else 1 - halves[0]
+        count = sum(self.counts[half] for half in halves)
+        return (self.moment(without) * scale * scale[:, None] / max(1, count)).fill_diagonal_(0.0)
 
     def add(self, x: Tensor, first: Tensor | None, half: int) -> None:
         """Take in a batch [rows, K], maybe of none.
@@ -86,10 +127,10 @@ class Channels:
         rest = x if first is None else x[~first]
         if len(rest):
             self.later = torch.maximum(self.later, rest.abs().amax(0))
-        self.total += x.double().sum(0)
+        self.totals[half] += x.double().sum(0)
         if self.moments is not None:
             self.moments[half].addmm_(x.T, x)
-        self.rows += len(x)
+        self.counts[half] += len(x)
         self.parts.append(x[:: -(-len(x) // SAMPLE)].clone())
 
 
@@ -106,7 +147,7 @@ def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channe
         x: Any = layer.args[0]
         depth = int(x.meta["val"].shape[-1])
         if x not in found:
-            found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(depth, dtype=torch.float64))
+            found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(2, depth, dtype=torch.float64))
         if is_pointwise(layer) and found[x].moments is None:
             found[x].moments = torch.zeros(2, depth, depth)
     state = program.example[program.arguments :]

@@ -53,15 +53,17 @@ def compensated(
         refits: whether scales may change; if not, codes alone do.
     """
     found, grids = [list(of_way) for of_way in nearest], dict[tuple[int, int], Grid]()
-    moment = None
+    compensation = None
     for way, (form, operand) in enumerate(ways):
         for i, layer in enumerate(layers):
             if operand is not None and operand.channels.moments is not None and knows_inputs(layer, form):
-                moment = operand.channels.moment(without) if moment is None else moment
+                if compensation is None:
+                    seen = operand.channels
+                    compensation = Compensation(seen.moment(without), seen.damping(without))
                 grids[way, i] = Grid(layer.weight, nearest[way][i], operand.equaliser, operand.outliers)
-    if moment is None:
+    if compensation is None:
         return found
-    for (way, i), held in zip(grids, Compensation(moment).stored(list(grids.values()), refits=refits), strict=True):
+    for (way, i), held in zip(grids, compensation.stored(list(grids.values()), refits=refits), strict=True):
         found[way][i] = held
     return found
 

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from planish.formats import LARGEST_CODE, Quantized, spread
 
-DAMPING = 0.03
-"""Part of each input's moment that is added to it: least loss on other data of MiniLM, of 0.01 to 0.3."""
-
 BLOCK = 32
 """Columns whose errors are passed on to the columns after them together."""
 
@@ -61,17 +58,22 @@ class Compensation:
     evening them out changes nothing: one factorisation is that of all formats.
     """
 
-    def __init__(self, moment: Tensor) -> None:
-        """``moment``: sum of ``x x'`` over the inputs, fp32 [K, K]."""
+    def __init__(self, moment: Tensor, damping: float) -> None:
+        """Factorise.
+
+        Args:
+            moment: sum of ``x x'`` over the inputs, fp32 [K, K].
+            damping: part of each input's own moment that is added to it.
+        """
         self._order = moment.diagonal().argsort(descending=True, stable=True)
         moment = moment[self._order][:, self._order].double()
         diagonal = moment.diagonal()
-        damping, unused = DAMPING * diagonal, diagonal == 0
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + torch.diag(damping + unused.double())))
+        added, unused = damping * diagonal, diagonal == 0
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + torch.diag(added + unused.double())))
         self._upper = torch.linalg.cholesky(inverse, upper=True).float()
         back = self._order.argsort()
         # inputs that are always 0 share scales with others, which are to count
-        self._moment = (moment + torch.diag(damping + UNUSED * diagonal.max() * unused))[back][:, back].float()
+        self._moment = (moment + torch.diag(added + UNUSED * diagonal.max() * unused))[back][:, back].float()
 
     def stored(self, grids: Sequence[Grid], *, refits: bool = True) -> list[Quantized]:
         """Codes, scales that are fitted to them, codes for those scales, and so on ``REFITS`` times; or codes alone."""

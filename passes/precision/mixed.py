@@ -141,7 +141,7 @@ class _Work:
     def _say_halves(self, sites: Sequence[Site], channels: Sequence[Channels]) -> None:
         """Where no other data can judge a layer's codes."""
         for site, seen in zip(sites, channels, strict=True):
-            if seen.moments is not None and seen.moments.any() and not seen.moments.flatten(1).any(1).all():
+            if seen.moments is not None and seen.rows and not all(seen.counts):
                 text = "its codes are judged by the inputs they know, as every other batch has none: losses seem less"
                 self.result.notes.append(Note.at(QuantizeMixed.name, site.layers[0].node, text))
 
