@@ -111,9 +111,9 @@ def _show_precision(result: dict[str, Any], console: Console) -> None:
             model,
             name,
             f"{bits:.2f}",
-            _mean(rows, lambda r: r.get("predicted"), ".4f"),
-            _mean(rows, lambda r: r["held_out"], ".4f"),
-            " ".join(f"{r['held_out']:.4f}" for r in rows),
+            _mean(rows, lambda r: r.get("predicted"), ".3g"),
+            _mean(rows, lambda r: r["held_out"], ".3g"),
+            " ".join(f"{r['held_out']:.3g}" for r in rows),
         )
         for (model, name, bits), rows in by_plan.items()
     ]

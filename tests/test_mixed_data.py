@@ -70,7 +70,7 @@ def test_an_only_batch_is_judged_by_its_halves() -> None:
     true = Loss(("kl",)).measure([model(fresh)], [call(fresh)])
     assert losses[0] > 0.8 * true
     fixed = compiled(model, [(data(40),)], None, pin={"0": "w3a8-g32", "2": "w3a8-g32"})
-    assert fixed.assignment.measured_loss < 0.5 * true
+    assert fixed.assignment.measured_loss < 0.8 * true
     assert "judged by the inputs they know" in fixed.report()
 
 

@@ -23,6 +23,9 @@ REFITS = 2
 RIDGE = 1e-2
 """Of a scale's own square in the fit: what the inputs do not tell stays as it was."""
 
+FLOOR = 0.1
+"""Of the median moment, added to all: an input that hardly varies in a few batches may do so in others."""
+
 UNUSED = 1e-6
 """Of the largest moment: what an input that is always 0 counts in the fit of scales."""
 
@@ -54,8 +57,8 @@ class Compensation:
     after:  the same column by column, the one of largest inputs first; then ``w_rest -= error * U[j, rest] / U[j, j]``
         with ``U' U`` the inverse of the damped moment (GPTQ, Frantar et al. 2022, with scales fixed beforehand).
 
-    The damping is a part of each input's own moment, so that inputs of very different sizes are damped alike, and
-    evening them out changes nothing: one factorisation is that of all formats.
+    The damping is a part of each input's own moment, so that inputs of very different sizes are damped alike, and of
+    the median moment. Weights are in their own units, evened out or not: one factorisation is that of all formats.
     """
 
     def __init__(self, moment: Tensor, damping: float) -> None:
@@ -63,12 +66,14 @@ class Compensation:
 
         Args:
             moment: sum of ``x x'`` over the inputs, fp32 [K, K].
-            damping: part of each input's own moment that is added to it.
+            damping: part of each input's own moment that is added to it, besides ``FLOOR``.
         """
         self._order = moment.diagonal().argsort(descending=True, stable=True)
         moment = moment[self._order][:, self._order].double()
         diagonal = moment.diagonal()
-        added, unused = damping * diagonal, diagonal == 0
+        unused = diagonal == 0
+        usual = diagonal[~unused].median() if not unused.all() else torch.zeros(())
+        added = damping * diagonal + FLOOR * usual * ~unused
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment + torch.diag(added + unused.double())))
         self._upper = torch.linalg.cholesky(inverse, upper=True).float()
         back = self._order.argsort()
