@@ -29,8 +29,8 @@ FLOOR = 0.1
 UNUSED = 1e-6
 """Of the largest moment: what an input that is always 0 counts in the fit of scales."""
 
-FIT_NUMBERS = 1 << 25
-"""Numbers that are held at once for the scales of some rows."""
+FIT_NUMBERS = 1 << 21
+"""Of a weight, whose scales are fitted at once."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class Compensation:
         factors = torch.ones(depth) if grid.factors is None else grid.factors
         if grid.exact is not None:
             factors = factors.index_fill(0, grid.exact, 0.0)
-        rows = max(1, FIT_NUMBERS // (form.groups(depth) * depth))
+        rows = max(1, FIT_NUMBERS // depth)
         found: list[Tensor] = []
         for part in (slice(start, start + rows) for start in range(0, features, rows)):
             steps, values = held.steps()[part], codes[part].float()
@@ -159,13 +159,20 @@ class Compensation:
 def _fitted(values: Tensor, rest: Tensor, moment: Tensor, group: int) -> Tensor:
     """The change of scales [rows, groups] by which ``values`` [rows, K], each times its group's, come closest to
     ``rest`` in the metric of ``moment``."""
-    starts = range(0, values.shape[1], group)
-    products = torch.stack([values[:, s : s + group] @ moment[s : s + group] for s in starts], 1)
-    sides = (products @ rest[:, :, None]).double()
-    normal = torch.stack([(products[:, :, s : s + group] * values[:, None, s : s + group]).sum(2) for s in starts], 2)
+    more = -values.shape[1] % group
+    values, rest = (torch.nn.functional.pad(t, (0, more)) for t in (values, rest))
+    moment = torch.nn.functional.pad(moment, (0, more, 0, more))
+    sides = (values * (rest @ moment)).unflatten(1, (-1, group)).sum(2).double()
+    rows, groups = sides.shape
+    normal = torch.zeros(rows, groups, groups)
+    for place in range(groups):
+        start = place * group
+        products = values[:, start : start + group] @ moment[start : start + group, start:]
+        normal[:, place, place:] = products.mul_(values[:, start:]).unflatten(1, (-1, group)).sum(2)
+    normal = (normal + normal.triu(1).mT).double()
     diagonal = normal.diagonal(dim1=1, dim2=2)
-    normal = normal.double() + torch.diag_embed(RIDGE * diagonal + torch.where(diagonal > 0, 0.0, 1.0)).double()
-    return torch.cholesky_solve(sides, torch.linalg.cholesky(normal)).squeeze(2).float()
+    normal = normal + torch.diag_embed(RIDGE * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
+    return torch.cholesky_solve(sides[:, :, None], torch.linalg.cholesky(normal)).squeeze(2).float()
 
 
 def _with_steps(held: Quantized, steps: Tensor) -> Quantized:
