@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from planish.formats import Quantized, WeightFormat, quantise
-from planish.passes.precision.calibration import LEAST_DAMPING
+from planish.passes.precision.calibration import LEAST_DAMPING, Channels
 from planish.passes.precision.gptq import BLOCK, TOGETHER, Compensation, Grid
 
 FORMS = [WeightFormat(b, g, s) for b, g, s in ((4, 32, True), (3, 64, False), (2, None, True), (4, 128, True))]
@@ -135,3 +135,23 @@ def test_inputs_that_are_always_zero_do_not_set_scales(size: float) -> None:
 
     assert torch.equal(codes.scales, held.scales)
     assert error(fitted) < 0.97 * error(codes)
+
+
+def test_few_rows_are_not_believed() -> None:
+    """What correlates by chance in few rows must not make codes worse than the nearest ones on others."""
+    torch.manual_seed(0)
+    depth = 128
+    weight, fresh = torch.randn(32, depth), torch.randn(4000, depth)
+    held = quantise(weight, WeightFormat(4, 32))
+    few = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(2, depth, dtype=torch.float64))
+    few.moments = torch.zeros(2, depth, depth)
+    for half in range(2):
+        few.add(torch.randn(12, depth), None, half)
+
+    def error(damping: float) -> float:
+        (found,) = Compensation(few.moment(), damping).stored([Grid(weight, held)], refits=False)
+        return float((fresh @ (found.dequantise() - weight).T).square().mean())
+
+    nearest = float((fresh @ (held.dequantise() - weight).T).square().mean())
+    assert few.damping() > 10 * LEAST_DAMPING
+    assert error(few.damping()) < 1.1 * nearest < 1.3 * nearest < error(LEAST_DAMPING)
