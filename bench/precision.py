@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import statistics
 import time
@@ -36,6 +37,7 @@ from planish.passes.precision.sensitivity import (
 from planish.passes.precision.simulation import Simulation
 from planish.passes.precision.sites import Site, find_sites
 from planish.passes.precision.solve import Block, Column, solve
+from planish.passes.precision.swaps import swap
 from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Result, run_pipeline
 from planish.targets import Target
@@ -43,7 +45,8 @@ from planish.targets import Target
 WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w2-g32")
 """Formats of weights alone: activations stay fp32, so that what is compared are the scores of weights."""
 
-COMPENSATED = "Gauss-Newton, GPTQ"
+GPTQ = ", GPTQ"
+"""Ends the names of rows whose codes make up for each other's errors; the codes of others are the nearest ones."""
 
 UNIFORM = ("w3-g32", "w4-g128", "w4-g32", "w5-g32")
 """Formats that all layers get, to compare."""
@@ -98,7 +101,7 @@ class Subject:
     """A model whose layers are scored.
 
     Attributes:
-        inputs: that scores are made from; the assignments are judged by as many others.
+        inputs: that scores are made from; swaps are decided by half as many others, assignments judged by as many more.
         max_len: of documents, in tokens.
         uniform: formats that all layers get, depthwise convolutions 8 bits.
         bits: sizes of assignments; empty for those of the uniform formats.
@@ -115,20 +118,21 @@ class Subject:
 SUBJECTS = {
     "minilm": Subject(32, 256),
     "smollm2": Subject(8, 128, ("w3-g32", "w4-g32"), (), every=10),
-    "efficientnet-lite0": Subject(10, 0, OF_IMAGES, BITS_OF_IMAGES),
+    "efficientnet-lite0": Subject(8, 0, OF_IMAGES, BITS_OF_IMAGES),  # there are 20 images
     "mobilevit-digits": Subject(32, 0, OF_IMAGES, BITS_OF_IMAGES),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model's sites, with inputs to score them by and others to judge by."""
+    """A model's sites, with inputs to score them by, others to decide swaps by and others to judge by."""
 
     subject: Subject
     simulation: Simulation
     sites: Sequence[Site]
     loss: Loss
     samples: Sequence[Sample]
+    selection: Sequence[Sample]
     held_out: Sequence[Sample]
 
 
@@ -153,20 +157,20 @@ def run(options: Options, compile_model: Callable[..., Any], log: Callable[[str]
             facts = {"model": name, "seed": seed}
             log(f"{name}, seed {seed}: scores")
             case = _case(loaded, SUBJECTS[name], seed)
-            found, direct = _scorers(case, seed)
-            of_one = [{"scorer": one.name, "seconds": one.seconds, **_agreement(one, direct)} for one in found]
+            found = _scorers(case, seed)
+            direct = _direct(case)
+            of_one = [{"scorer": o.name, "seconds": o.seconds, **_agreement(o, direct)} for o in (*found, direct)]
             scorers += [facts | row for row in of_one]
+            found += [direct] if case.subject.every == 1 else []
             log(f"{name}, seed {seed}: assignments on other inputs")
-            rows += [facts | row for row in _assignments(case, found)]
+            rows += [facts | row for row in _assignments(case, found, "")]
             peers = list[dict[str, Any]]()
             if name == "minilm" and nncf_peer.is_installed():
                 log(f"{name}, seed {seed}: assignments by NNCF")
                 peers = nncf_peer.assignments(_module(loaded), case.samples, case.held_out, case.loss)
             log(f"{name}, seed {seed}: the same with codes by GPTQ")
             case = _case(loaded, SUBJECTS[name], seed, compensate=True)
-            scores = probe(case.simulation, case.loss, case.samples, seed=seed)
-            compensated = [Scorer(COMPENSATED, _losses(scores), scores.seconds, scores)]
-            rows += [facts | row for row in _assignments(case, compensated, [row["bits"] for row in peers])]
+            rows += [facts | r for r in _assignments(case, _scorers(case, seed), GPTQ, [p["bits"] for p in peers])]
             rows += [facts | row for row in peers]
     extra = {"scorers": scorers, "assignments": rows, "formats": list(WEIGHTS)}
     return BenchResult("precision", options.threads, {}, [], [], [], extra)
@@ -176,13 +180,14 @@ def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool 
     """A model's sites, and two sets of inputs drawn by the seed; codes are plainly rounded unless ``compensate``."""
     inputs = loaded.data.batches(300, 1, subject.max_len)
     random.Random(seed).shuffle(inputs)
-    parts = inputs[: subject.inputs], inputs[subject.inputs : 2 * subject.inputs]
+    ends = (0, subject.inputs, subject.inputs + subject.inputs // 2, 2 * subject.inputs + subject.inputs // 2)
+    parts = [inputs[start:end] for start, end in itertools.pairwise(ends)]
     program, _ = capture(_module(loaded), loaded.inputs, loaded.dynamic)
     passes = default_pipeline(QuantizeMixed())
     before = resolve(passes[: [getattr(p, "name", p) in QUANTISERS for p in passes].index(True)])
     program, _ = run_pipeline(program, before, Target.host())
     names = [spec.name for spec in program.inputs]
-    program.calibration, others = (tuple(_flat(names, part)) for part in parts)
+    program.calibration, selection, held_out = (tuple(_flat(names, part)) for part in parts)
     sites, _ = find_sites(program, QuantizeMixed.name, Result(), WEIGHTS)
     if not compensate:
         for site in sites:
@@ -190,7 +195,8 @@ def _case(loaded: LoadedModel, subject: Subject, seed: int, *, compensate: bool 
                 operand.channels.moments = None
     samples = split(program)
     simulation = Simulation.of(program, sites, [None, *(s.half for s in samples)])
-    return Case(subject, simulation, sites, Loss.of(program), samples, [Sample(tensors) for tensors in others])
+    others = [[Sample(tensors) for tensors in part] for part in (selection, held_out)]
+    return Case(subject, simulation, sites, Loss.of(program), samples, *others)
 
 
 def _module(loaded: LoadedModel) -> torch.nn.Module:
@@ -213,37 +219,42 @@ class Scorer:
         name: in the tables.
         losses: of each site and treatment alone.
         seconds: that it took; None where that is next to nothing.
-        scores: with what sites do to each other, where it knows that.
+        scores: with what sites do to each other, where that is to count.
+        swaps: whether the assignment is improved by measured ones.
     """
 
     name: str
     losses: Losses
     seconds: float | None
     scores: Scores | None = None
+    swaps: bool = False
 
 
-def _scorers(case: Case, seed: int) -> tuple[list[Scorer], Losses]:
-    """All of them, and what was measured directly: where that is everything, it is the last scorer."""
-    data = (case.simulation, case.loss, case.samples)
-    plain = probe(*data, seed=seed)
+def _scorers(case: Case, seed: int) -> list[Scorer]:
+    """Those that do not measure everything; the last one does what ``quantize-mixed`` does."""
+    plain = probe(case.simulation, case.loss, case.samples, seed=seed)
     weights = {(i, t): _weight_error(site, t) for i, site in enumerate(case.sites) for t in site.treatments}
     found = [
         Scorer("weight error", weights, None),
         Scorer("diagonal Fisher", plain.diagonal, plain.seconds),
         Scorer("Gauss-Newton", _losses(plain), plain.seconds),
     ]
-    start, every = time.perf_counter(), case.subject.every
-    direct = measure_each(*data, [key for key in plain.sums if key[0] % every == 0])
-    if every > 1:
-        return [*found, Scorer("Gauss-Newton, pairs", _losses(plain), plain.seconds, plain)], direct
-    seconds = time.perf_counter() - start
+    if case.subject.every > 1:  # too large a model to measure much of it
+        return [*found, Scorer("Gauss-Newton, pairs, swaps", _losses(plain), plain.seconds, plain, swaps=True)]
     refined = refine(plain, case.simulation, case.sites, case.loss, case.samples)
     return [
         *found,
         Scorer("Gauss-Newton, refined", _losses(refined), refined.seconds),
-        Scorer("Gauss-Newton, refined, pairs", _losses(refined), refined.seconds, refined),
-        Scorer("direct", direct, seconds),
-    ], direct
+        Scorer("Gauss-Newton, refined, pairs, swaps", _losses(refined), refined.seconds, refined, swaps=True),
+    ]
+
+
+def _direct(case: Case) -> Scorer:
+    """What measuring finds, of one in so many sites."""
+    start = time.perf_counter()
+    keys = [(i, t) for i, site in enumerate(case.sites) if i % case.subject.every == 0 for t in site.treatments]
+    losses = measure_each(case.simulation, case.loss, case.samples, keys)
+    return Scorer("direct", losses, time.perf_counter() - start)
 
 
 def _losses(scores: Scores) -> Losses:
@@ -260,8 +271,9 @@ def _weight_error(site: Site, treatment: Treatment) -> float:
     return total
 
 
-def _agreement(scorer: Scorer, direct: Losses) -> dict[str, Any]:
+def _agreement(scorer: Scorer, measured: Scorer) -> dict[str, Any]:
     """Rank correlation with what was measured, within each format and over all, and the median ratio to it."""
+    direct = measured.losses
     from scipy.stats import spearmanr  # pyright: ignore
 
     def rank(keys: Sequence[tuple[int, Treatment]]) -> float:
@@ -276,12 +288,13 @@ def _agreement(scorer: Scorer, direct: Losses) -> dict[str, Any]:
     return {"spearman": rank(list(direct)), "spearman_within": within, "ratio_at_many_bits": ratio}
 
 
-def _assignments(case: Case, scorers: Sequence[Scorer], more: Sequence[float] = ()) -> list[dict[str, Any]]:
+def _assignments(
+    case: Case, scorers: Sequence[Scorer], suffix: str, more: Sequence[float] = ()
+) -> list[dict[str, Any]]:
     """For each scorer and size the assignment's loss on the other inputs, and that of one format for all.
 
-    ``more`` are sizes of peers' assignments, in bits of a weight.
+    ``suffix`` ends the names of rows; ``more`` are sizes of peers' assignments, in bits of a weight.
     """
-    suffix = ", GPTQ" if scorers[0].name == COMPENSATED else ""
     weights = sum(layer.weight.numel() for site in case.sites for layer in site.layers)
     rows: list[dict[str, Any]] = []
     for form in case.subject.uniform:
@@ -293,15 +306,18 @@ def _assignments(case: Case, scorers: Sequence[Scorer], more: Sequence[float] = 
     for scorer in scorers:
         blocks = _blocks(case, scorer)
         for bits in sizes:
-            found = solve(blocks, LOSS, {BYTES: bits / 8 * weights + 0.5})
+            limits = {BYTES: bits / 8 * weights + 0.5}
+            found = solve(blocks, LOSS, limits)
+            if scorer.swaps:
+                found, _ = swap(blocks, found, LOSS, limits, case.simulation, case.loss, case.selection)
             names = [name for column in found.chosen for name in column.choices]
             chosen = {i: Treatment.parse(name) for i, name in enumerate(names)}
             loss = measure(case.simulation, chosen, case.loss, case.held_out)
             rows.append(
                 {
-                    "scorer": scorer.name,
+                    "scorer": scorer.name + suffix,
                     "bits": bits,
-                    "predicted": found.value if scorer.losses and scorer.seconds is not None else None,
+                    "predicted": found.value if scorer.seconds is not None else None,
                     "held_out": loss,
                     "gap": found.gap,
                     "seconds": found.seconds,

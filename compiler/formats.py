@@ -156,6 +156,11 @@ class Quantized:
             return self.minimums.float()
         return self.steps() * -float(1 << (self.format.bits - 1))
 
+    def rows(self, rows: slice) -> Quantized:
+        """Some of the output features."""
+        parts = {name: None if t is None else t[rows] for name, t in self.stored.items()}
+        return replace(self, **parts)  # pyright: ignore
+
 
 def quantise(weight: Tensor, form: WeightFormat, *, one_scale: bool = False) -> Quantized:
     """The nearest codes of a weight, with the scales that its extremes ask for.
@@ -181,22 +186,32 @@ def quantise(weight: Tensor, form: WeightFormat, *, one_scale: bool = False) -> 
     high = grouped.nan_to_num(nan=float("-inf")).amax(2)
     if one_scale:
         low, high = low.min().expand_as(low), high.max().expand_as(high)
-    minimums = channels = None
+    minimums = None
     if form.symmetric:
         scales = torch.where(high > -low, high, low) / -float(1 << (form.bits - 1))
-        if form.two_level:
-            channels = scales.abs().amax(1) / LARGEST_CODE
-            scales = (scales / channels[:, None]).nan_to_num(nan=0.0).round()
-        scales = scales.to(form.scale_dtype)
     else:
         minimums = low.to(form.scale_dtype)
-        scales = ((high - minimums.float()) / float((1 << form.bits) - 1)).to(form.scale_dtype)
-    held = Quantized(form, torch.empty(0), scales, minimums, channels)
-    lowest, step = held.lowest(), spread(held.steps(), form, depth)
-    if not (held.steps().isfinite().all() and lowest.isfinite().all()):
+        scales = (high - minimums.float()) / float((1 << form.bits) - 1)
+    held = with_steps(Quantized(form, torch.empty(0), scales, minimums, None), scales)
+    if not (held.steps().isfinite().all() and held.lowest().isfinite().all()):
         raise ValueError("the weight's scales are too large for fp16: use a format with one scale for each row")
-    codes = ((weight.float() - spread(lowest, form, depth)) / step).nan_to_num(nan=0.0)
-    return replace(held, codes=codes.round().clamp(0, (1 << form.bits) - 1).to(torch.uint8))
+    return nearest(weight.float(), held)
+
+
+def nearest(weight: Tensor, held: Quantized) -> Quantized:
+    """The nearest codes of a weight, fp32 [N, K], with the scales and minimums of ``held``."""
+    lowest, step = (spread(t, held.format, weight.shape[1]) for t in (held.lowest(), held.steps()))
+    codes = ((weight - lowest) / step).nan_to_num(nan=0.0).round().clamp(0, (1 << held.format.bits) - 1)
+    return replace(held, codes=codes.to(torch.uint8))
+
+
+def with_steps(held: Quantized, steps: Tensor) -> Quantized:
+    """The same codes with other distances of them, fp32 [N, groups], as the format stores them."""
+    if not held.format.two_level:
+        return replace(held, scales=steps.to(held.format.scale_dtype))
+    channels = steps.abs().amax(1) / LARGEST_CODE
+    scales = (steps / channels[:, None]).nan_to_num(nan=0.0).round()
+    return replace(held, scales=scales.to(torch.int8), channels=channels)
 
 
 def spread(numbers: Tensor, form: WeightFormat, depth: int) -> Tensor:

@@ -362,6 +362,7 @@ def test_precision_on_a_few_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {(row["scorer"], round(row["bits"], 1)): row["held_out"] for row in found["assignments"]}
     assert losses["Gauss-Newton", 5.0] < losses["uniform w3-g32", 3.3]
     assert losses["Gauss-Newton, GPTQ", 5.0] < losses["Gauss-Newton", 5.0]
+    assert losses["Gauss-Newton, refined, pairs, swaps, GPTQ", 5.0] < losses["weight error", 5.0]
     text = _printed(found)
     assert "least within a format" in text
     assert "uniform w3-g32, GPTQ" in text

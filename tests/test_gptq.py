@@ -143,7 +143,7 @@ def test_few_rows_are_not_believed() -> None:
     depth = 128
     weight, fresh = torch.randn(32, depth), torch.randn(4000, depth)
     held = quantise(weight, WeightFormat(4, 32))
-    few = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(2, depth, dtype=torch.float64))
+    few = Channels.none(depth)
     few.moments = torch.zeros(2, depth, depth)
     for half in range(2):
         few.add(torch.randn(12, depth), None, half)

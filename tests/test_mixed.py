@@ -250,7 +250,7 @@ def test_what_cannot_be_kept() -> None:
 def test_models_without_layers_and_layers_without_rows() -> None:
     with pytest.raises(BudgetError, match="no layer can be on codes"):
         planish.compile(nn.GELU().eval(), (data(0),), calibration=CALIBRATION, budget=planish.Budget(bits=4))
-    seen = Channels(torch.zeros(3), torch.zeros(3), torch.zeros(2, 3, dtype=torch.float64))
+    seen = Channels.none(3)
     seen.add(torch.zeros(0, 3), None, 0)
     assert seen.rows == 0
 

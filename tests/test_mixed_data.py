@@ -76,8 +76,8 @@ def test_an_only_batch_is_judged_by_its_halves() -> None:
 
 def test_the_halves_are_those_of_all_batches() -> None:
     """A batch that does not reach a layer counts too."""
-    totals = torch.zeros(2, 2, dtype=torch.float64)
-    seen = Channels(torch.zeros(2), torch.zeros(2), totals, moments=torch.zeros(2, 2, 2))
+    seen = Channels.none(2)
+    seen.moments = torch.zeros(2, 2, 2)
     one, two = torch.tensor([[1.0, 0.0], [3.0, 0.0]]), torch.tensor([[0.0, 5.0], [0.0, 1.0]])
     for number, x in enumerate((torch.zeros(0, 2), one, two)):
         seen.add(x, None, number % 2)
@@ -85,6 +85,7 @@ def test_the_halves_are_those_of_all_batches() -> None:
     close(seen.moment(without=0), torch.tensor([[2.0, 0.0], [0.0, 0.0]]))
     close(seen.moment(without=1), torch.tensor([[0.0, 0.0], [0.0, 8.0]]))
     close(seen.moment(), torch.tensor([[6.0, -6.0], [-6.0, 17.0]]))
+    close(seen.variance, torch.tensor([1.5, 17 / 4]))
 
 
 def test_rows_of_zeros_and_layers_that_do_nothing() -> None:

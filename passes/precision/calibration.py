@@ -35,6 +35,7 @@ class Channels:
         largest: largest magnitude, [K].
         later: the same without the first token of each sequence, [K]; equal where there are no sequences.
         totals: sums over the rows of every other batch, and of those between, fp64 [2, K].
+        squares: sums of squares over all rows, fp64 [K].
         counts: how many rows these are, [2].
         parts: of each batch some rows, at most SAMPLE.
         halves: the largest magnitudes in every other batch, and in those between, [2, K]: how far ranges may be off.
@@ -45,10 +46,17 @@ class Channels:
     largest: Tensor
     later: Tensor
     totals: Tensor
+    squares: Tensor
     counts: list[int] = field(default_factory=lambda: [0, 0])
     parts: list[Tensor] = field(default_factory=list[Tensor])
     halves: Tensor = field(default_factory=lambda: torch.zeros(2, 1))
     moments: Tensor | None = None
+
+    @staticmethod
+    def none(depth: int) -> Channels:
+        """Of no rows yet."""
+        sums = torch.zeros(3, depth, dtype=torch.float64)
+        return Channels(torch.zeros(depth), torch.zeros(depth), sums[:2], sums[2])
 
     @property
     def rows(self) -> int:
@@ -65,6 +73,11 @@ class Channels:
     def mean(self) -> Tensor:
         """Mean of each channel, fp32 [K]."""
         return (self.totals.sum(0) / max(self.rows, 1)).float()
+
+    @property
+    def variance(self) -> Tensor:
+        """Of each channel, fp32 [K]."""
+        return (self.squares / max(self.rows, 1) - self.mean.double().square()).clamp_min(0.0).float()
 
     def against_median(self) -> Tensor:
         """How many times each channel's largest magnitude exceeds the median channel's, [K]."""
@@ -128,6 +141,7 @@ class Channels:
         if len(rest):
             self.later = torch.maximum(self.later, rest.abs().amax(0))
         self.totals[half] += x.double().sum(0)
+        self.squares += x.double().square().sum(0)
         if self.moments is not None:
             self.moments[half].addmm_(x.T, x)
         self.counts[half] += len(x)
@@ -147,7 +161,7 @@ def observe(program: Program, layers: Sequence[fx.Node]) -> dict[fx.Node, Channe
         x: Any = layer.args[0]
         depth = int(x.meta["val"].shape[-1])
         if x not in found:
-            found[x] = Channels(torch.zeros(depth), torch.zeros(depth), torch.zeros(2, depth, dtype=torch.float64))
+            found[x] = Channels.none(depth)
         if is_pointwise(layer) and found[x].moments is None:
             found[x].moments = torch.zeros(2, depth, depth)
     state = program.example[program.arguments :]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from planish.formats import Format, Quantized, quantise
 from planish.passes.precision.gptq import Compensation, Grid
 from planish.passes.precision.layer import NOTABLE_WEIGHT, Matrix
 from planish.passes.precision.operand import Operand
+from planish.passes.precision.ranges import narrowed
 
 EXACT_BITS = 8
 """Of codes that have next to no errors, unless their scale is that of a large outlier."""
@@ -37,7 +39,7 @@ def held_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = Fal
 
 
 def nearest_weights(layers: Sequence[Matrix], ways: Ways, *, per_tensor: bool = False) -> Held:
-    """The same with the nearest codes, whatever calibration says of the inputs."""
+    """The same with the nearest codes: of the inputs only their sizes count, by which ranges are narrowed."""
     return [[_nearest(layer, form, operand, per_tensor) for layer in layers] for form, operand in ways]
 
 
@@ -69,12 +71,19 @@ def compensated(
 
 
 def _nearest(layer: Matrix, form: Format, operand: Operand | None, per_tensor: bool) -> Quantized:
-    weight = layer.weight
-    if operand is not None and operand.equaliser is not None:
-        weight = layer.times(weight, 1 / operand.equaliser)
-    if operand is not None and operand.outliers is not None:
-        weight = weight.index_fill(1, operand.outliers, 0.0)
-    return quantise(weight, form.weight, one_scale=per_tensor)
+    weight, importance = layer.weight, torch.ones(layer.channels)
+    if operand is not None:
+        importance = operand.channels.variance  # what the mean does, the corrected bias takes off
+        if operand.equaliser is not None:
+            weight = layer.times(weight, 1 / operand.equaliser)
+            importance = importance * operand.equaliser**2
+        if operand.outliers is not None:
+            weight = weight.index_fill(1, operand.outliers, 0.0)
+            importance = importance.index_fill(0, operand.outliers, 0.0)
+    held = quantise(weight, form.weight, one_scale=per_tensor)
+    if per_tensor or form.weight.bits >= EXACT_BITS:
+        return held
+    return narrowed(weight, held, layer.times(torch.ones_like(weight), importance))
 
 
 def knows_inputs(layer: Matrix, form: Format) -> bool:

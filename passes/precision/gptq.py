@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from planish.formats import LARGEST_CODE, Quantized, spread
+from planish.formats import Quantized, spread, with_steps
 
 BLOCK = 32
 """Columns whose errors are passed on to the columns after them together."""
@@ -153,7 +153,7 @@ class Compensation:
             values = values - (1 << (form.bits - 1)) if held.minimums is None else values
             rest = (grid.weight[part] - (values * spread(steps, form, depth) + fixed) * factors) * (factors != 0)
             found.append(steps + _fitted(values * factors, rest, self._moment, form.group or depth))
-        return replace(grid, held=_with_steps(replace(held, codes=codes), torch.cat(found)))
+        return replace(grid, held=with_steps(replace(held, codes=codes), torch.cat(found)))
 
 
 def _fitted(values: Tensor, rest: Tensor, moment: Tensor, group: int) -> Tensor:
@@ -173,16 +173,6 @@ def _fitted(values: Tensor, rest: Tensor, moment: Tensor, group: int) -> Tensor:
     diagonal = normal.diagonal(dim1=1, dim2=2)
     normal = normal + torch.diag_embed(RIDGE * diagonal + torch.where(diagonal > 0, 0.0, 1.0))
     return torch.cholesky_solve(sides[:, :, None], torch.linalg.cholesky(normal)).squeeze(2).float()
-
-
-def _with_steps(held: Quantized, steps: Tensor) -> Quantized:
-    """Other distances of codes, [N, groups], as the format stores them."""
-    if not held.format.two_level:
-        return replace(held, scales=steps.to(held.scales.dtype))
-    channels = steps.abs().amax(1) / LARGEST_CODE
-    return replace(
-        held, scales=(steps / channels[:, None]).nan_to_num(nan=0.0).round().to(torch.int8), channels=channels
-    )
 
 
 class _Part:
