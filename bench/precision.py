@@ -42,7 +42,7 @@ from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Result, run_pipeline
 from planish.targets import Target
 
-WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w2-g32")
+WEIGHTS = ("w8", "w6-g32", "w5-g32", "w4-g32", "w4-g128", "w3-g32", "w3-g128", "w2-g32")
 """Formats of weights alone: activations stay fp32, so that what is compared are the scores of weights."""
 
 GPTQ = ", GPTQ"
@@ -117,7 +117,7 @@ class Subject:
 
 SUBJECTS = {
     "minilm": Subject(32, 256),
-    "smollm2": Subject(8, 128, ("w3-g32", "w4-g32"), (), every=10),
+    "smollm2": Subject(8, 128, ("w3-g128", "w3-g32", "w4-g32"), (), every=10),
     "efficientnet-lite0": Subject(8, 0, OF_IMAGES, BITS_OF_IMAGES),  # there are 20 images
     "mobilevit-digits": Subject(32, 0, OF_IMAGES, BITS_OF_IMAGES),
 }

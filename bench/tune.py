@@ -19,11 +19,12 @@ from planish.bench.qgemm import Layer
 from planish.costs import FP32, CostTable, LayerCost
 from planish.errors import CostTableError
 from planish.formats import Format, quantise
+from planish.passes.precision.sites import MENU
 from planish.passes.precision.tasks import run_all
 from planish.program import Dim
 from planish.targets import Target
 
-FORMATS = (FP32, "w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
+FORMATS = (FP32, *MENU)
 
 
 @dataclass(frozen=True)

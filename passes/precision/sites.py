@@ -20,7 +20,7 @@ from planish.passes.precision.treatment import Treatment
 from planish.pipeline import Note, Refusal, Result
 from planish.program import Program
 
-MENU = ("w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w2a8-g32")
+MENU = ("w8a8", "w6a8-g32", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w3a8-g32", "w3a8-g128", "w2a8-g32")
 """Formats of linear layers that are tried."""
 
 WITH_OUTLIERS = ("w8a8+2", "w5a8-g32+2", "w4a8-g32+2", "w3a8-g32+2")
