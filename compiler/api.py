@@ -27,6 +27,7 @@ from planish.errors import (
     DimError,
     InputError,
     StateError,
+    TargetError,
     UnknownNameError,
     UnsupportedOpsError,
 )
@@ -42,6 +43,10 @@ from planish.targets import Target
 from planish.verify import relative_error
 
 log = logging.getLogger("planish")
+
+FLOAT_TOLERANCE, CODES_TOLERANCE = 1e-5, 0.1
+"""Of a bundle's outputs against PyTorch's, as a part of their length: a code that another order of a sum rounds the
+other way is a whole step off, and changes what follows."""
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -268,6 +273,41 @@ class CompiledModel:
     def sources(self) -> list[tuple[str, str, str]]:
         """Generated code as (name, TIR text, assembly text)."""
         return self._ready().executable.sources()
+
+    def save(self, folder: str | Path, prefix: str = "model") -> None:
+        """Write a bundle for the target's machine: a C library, its header, the weights and a program that checks it.
+
+        Args:
+            folder: made if need be.
+            prefix: of all names that the library exports.
+
+        Raises:
+            TargetError: the model was compiled for this machine.
+            InputError, StateError, ToolchainError: see ``planish.backends.bundle.write_bundle``.
+        """
+        from planish.backends.bundle.write import Golden, write_bundle
+        from planish.backends.tvm.cross import CrossExecutable
+
+        compiled = self._ready()
+        executable = compiled.executable
+        if not isinstance(executable, CrossExecutable):
+            raise TargetError(
+                f"a model compiled for {self.target.name!r} cannot be saved yet", fix="compile it for an ARM target"
+            )
+        inputs = executable.program.example
+        dims = check_inputs(compiled, inputs)
+        tolerance = CODES_TOLERANCE if any("quantized" in p.makes for p in self._pipeline) else FLOAT_TOLERANCE
+        golden = Golden(inputs, dims, executable(inputs, dims, ()), tolerance)
+        write_bundle(
+            Path(folder),
+            prefix,
+            f"{prefix} for {self.target.name}",
+            self.target,
+            executable,
+            compiled.dims,
+            compiled.counts,
+            golden,
+        )
 
     def trim(self) -> None:
         """Give memory kept for later calls back."""

@@ -49,6 +49,16 @@ class Target:
     costs: CostTable | None = None
 
     @property
+    def is_arm(self) -> bool:
+        """Whether its code is for ARM, which this machine does not run."""
+        return self.arch in ("aarch64", "arm")
+
+    @property
+    def triple(self) -> str:
+        """LLVM's name of an ARM target's platform."""
+        return "aarch64-linux-gnu" if self.arch == "aarch64" else "armv7a-linux-gnueabihf"
+
+    @property
     def lanes(self) -> int:
         """fp32 values in one vector register."""
         return self.vector_bytes // 4
@@ -78,6 +88,8 @@ class Target:
         target = TARGETS[spelling]
         if target.isa == "host":
             return replace(Target.host(), name=target.name, format=target.format)
+        if target.is_arm:
+            return target
         if target.isa and target.isa not in host_isa_levels():
             raise TargetError(
                 f"target {target.name!r} needs {target.isa.upper()}, which this processor does not have",
@@ -142,6 +154,28 @@ TARGETS: dict[str, Target] = {
             l2_bytes=512 << 10,
             llc_bytes=16 << 20,
             cores=4,
+        ),
+        *(
+            Target(
+                f"arm{suffix}",
+                "tvm",
+                doc,
+                arch="aarch64",
+                isa="armv8-dotprod",
+                mcpu="cortex-a76",
+                vector_bytes=16,
+                vector_registers=32,
+                l2_bytes=256 << 10,
+                llc_bytes=2 << 20,
+                cores=4,
+                format=form,
+            )
+            for suffix, form, doc in (
+                ("", "", "ARMv8.2 with dot products, as a bundle"),
+                ("-int8", "w8a8", "as arm, layers on 8-bit codes (w8a8)"),
+                ("-int4", "w4a8-g32", "as arm, weights in 4 bits (w4a8-g32), the head in 8"),
+                ("-int2", "w2a8-g32", "as arm, weights in 2 bits (w2a8-g32), the head in 8"),
+            )
         ),
         Target("reference", "reference", "runs the rewritten graph in eager PyTorch: the oracle of the tests"),
     )

@@ -10,6 +10,7 @@ import tvm
 
 from planish.backends.base import Unsupported
 from planish.backends.tvm.codegen import ENTRY, build_main, compile_module
+from planish.backends.tvm.cross import CrossExecutable
 from planish.backends.tvm.executable import TvmExecutable
 from planish.backends.tvm.kernel import Module
 from planish.backends.tvm.lower import Lowering, unsupported
@@ -27,7 +28,7 @@ class TvmBackend:
         """Every op that has no kernel."""
         return unsupported(program, target)
 
-    def compile(self, program: Program, target: Target) -> TvmExecutable:
+    def compile(self, program: Program, target: Target) -> TvmExecutable | CrossExecutable:
         """Kernels, plan, weights blob and machine code of a Program."""
         lowering = Lowering(program, target, Module(target))
         lowering.lower()
@@ -40,7 +41,8 @@ class TvmBackend:
         objects = _machine_code(lowering.module, main)
         functions = lowering.module.functions | lowering.module.tiles | {ENTRY: main}
         tir = {name: func.script() for name, func in functions.items()}
-        return TvmExecutable(program, lowering.plan, lowering.outputs, blob, objects, tir)
+        made = CrossExecutable if target.is_arm else TvmExecutable
+        return made(program, lowering.plan, lowering.outputs, blob, objects, tir)
 
 
 _cache: OrderedDict[bytes, list[tuple[bytes, str]]] = OrderedDict()

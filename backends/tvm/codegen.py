@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import tvm
 from tvm import s_tir, tirx
@@ -25,7 +26,10 @@ STATUS_FAILED = 2
 
 def llvm_target(target: Target) -> tvm.target.Target:
     """TVM's description of a CPU target."""
-    return tvm.target.Target({"kind": "llvm", "mcpu": target.mcpu})
+    described: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu}
+    if target.is_arm:
+        described |= {"mtriple": target.triple}
+    return tvm.target.Target(described)
 
 
 def lowering_passes() -> tvm.transform.Pass:

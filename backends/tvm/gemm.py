@@ -18,6 +18,8 @@ from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region,
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, call_tile, gemm_tile
 from planish.backends.tvm.operands import Matrix, product, row_stride
 from planish.backends.tvm.quantized import IntegerTiles
+from planish.backends.tvm.quantized_avx2 import Avx2Tiles
+from planish.backends.tvm.quantized_neon import NeonTiles
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles, stages_of
 from planish.ops import QUANTIZED, QUANTIZED_CONVOLUTION
 from planish.program import Program
@@ -110,7 +112,9 @@ class Chain:
 
 
 def _tiles(target: Target, stage: Stage) -> Tiles:
-    return IntegerTiles(target, stage) if stage.linear.target in QUANTIZED else FloatTiles(target, stage)
+    if stage.linear.target not in QUANTIZED:
+        return FloatTiles(target, stage)
+    return (NeonTiles if target.is_arm else Avx2Tiles)(target, stage)
 
 
 class FloatTiles(Tiles):

@@ -73,8 +73,16 @@ def activation_dtype(form: WeightFormat) -> str:
     return "uint8" if sums_in_integers(form) else "int16" if form.bits == 8 else "int8"
 
 
-def sum_factor(form: WeightFormat) -> int:
-    """What the sums of activations' codes are multiplied by for the tile, which subtracts ``STORED_LESS`` itself."""
+def code_offset(form: WeightFormat) -> int:
+    """What the codes of activations are stored more by."""
+    return SHIFT if sums_in_integers(form) else 0
+
+
+def sum_factor(form: WeightFormat) -> int | None:
+    """What the sums of activations' codes are multiplied by for the tile, which subtracts ``STORED_LESS`` itself; None
+    where it needs no sums."""
+    if sums_in_integers(form):
+        return None
     return STORED_LESS - (1 << (form.bits - 1)) if form.symmetric else 1
 
 
@@ -84,7 +92,7 @@ STORED_LESS = 128
 
 def planes(bits: int) -> tuple[int, ...]:
     """Widths of the bit planes that codes are split into, lowest bits first: 6 bits are 4 and 2."""
-    return tuple(width for width in (4, 2, 1) if bits & width)
+    return tuple(width for width in (8, 4, 2, 1) if bits & width)
 
 
 def packed_codes(codes: torch.Tensor, form: WeightFormat) -> torch.Tensor:

@@ -23,6 +23,7 @@ from planish.backends.tvm.matmul import lower_grouped, lower_matmul
 from planish.backends.tvm.operands import row_stride
 from planish.backends.tvm.quantized import quantized_reason
 from planish.backends.tvm.quantized_depthwise import is_quantized_depthwise, lower_quantized_depthwise
+from planish.backends.tvm.quantized_neon import neon_reason
 from planish.backends.tvm.recurrent import lower_recurrent, recurrent_reason
 from planish.backends.tvm.reduction import lower_reduction, lower_running, lower_scan, reduction_reason
 from planish.backends.tvm.rowwise import lower_rows, row_reason
@@ -81,6 +82,8 @@ def unsupported(program: Program, target: Target) -> list[Unsupported]:
         for n in getattr(program.module, str(node.target)).graph.nodes if grouped else [node]:
             value_reason = _value_reason(program, n)
             reason = value_reason or _op_reason(n)
+            if reason is None and target.is_arm and n.target in QUANTIZED:
+                reason = neon_reason(n)
             if reason:
                 found.append(Unsupported(n.name, str(n.target), source_line(n), reason, value=bool(value_reason)))
     return found

@@ -209,6 +209,11 @@ class _Depthwise:
 
     def _products(self, codes: Any, weight: Expr, lanes: int) -> Expr:
         """Products of both lines, added, int32."""
+        if lanes > 1 and self.k.module.target.is_arm:
+            wide = f"int32x{2 * lanes}"
+            products = T.bind(T.cast(codes, wide) * T.cast(weight, wide))
+            even, odd = (T.Shuffle([products], [i32(2 * i + part) for i in range(lanes)]) for part in range(2))
+            return even + odd
         if lanes > 1:
             return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.x86.avx2.pmadd.wd", codes, weight)
         total: Expr = i32(0)

@@ -13,7 +13,6 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, f32, for_vectors, horizontal, i32, keep, lanes_at, splat, workspace
 from planish.backends.tvm.index import unflatten_index
-from planish.backends.tvm.integer_tile import LANES, SHIFT, activation_dtype, sum_factor, sums_in_integers
 from planish.backends.tvm.vmath import fused_multiply_add
 from planish.conv_ops import Window, quantized_window
 from planish.formats import LARGEST_CODE, TINY
@@ -22,6 +21,10 @@ from planish.ops import QUANTIZED_CONVOLUTION
 if TYPE_CHECKING:
     from planish.backends.tvm.quantized import IntegerTiles
     from planish.backends.tvm.stage import StageCode
+
+
+LANES = 8
+"""Codes that are summed together."""
 
 
 def row_codes(code: StageCode, tiles: IntegerTiles) -> RowCodes:
@@ -45,9 +48,9 @@ class RowCodes(ABC):
 
     def _store(self, first: Expr, value: Expr, lanes: int) -> None:
         """Store ``lanes`` codes, int32 or int8 in -127..127, from ``first`` on, as tiles read them."""
-        dtype = activation_dtype(self.tiles.form.weight)
-        if sums_in_integers(self.tiles.form.weight):
-            value = keep(T.cast(value, _vector("int32", lanes))) + splat(SHIFT, lanes, "int32")
+        dtype, offset = self.tiles.code_dtype, self.tiles.code_offset
+        if offset:
+            value = keep(T.cast(value, _vector("int32", lanes))) + splat(offset, lanes, "int32")
         T.buffer_store(self.code.scratch[0], T.cast(keep(value), _vector(dtype, lanes)), [lanes_at(first, lanes)])
 
     def _finish(self, first: Expr, at_row: Expr) -> None:
@@ -56,8 +59,8 @@ class RowCodes(ABC):
         padded, group = tiles.depth, form.group or tiles.depth
         codes, _, *sums = self.code.scratch
         with T.serial(self.code.stage.depth, padded) as at:
-            T.buffer_store(codes, tirx.const(0, activation_dtype(form)), [first + at])
-        if sums_in_integers(form):
+            T.buffer_store(codes, tirx.const(0, tiles.code_dtype), [first + at])
+        if tiles.sum_factor is None:
             return
         total, whole = T.alloc_buffer((LANES,), "int32"), T.ramp(0, 1, LANES)
         with T.serial(0, tiles.groups) as g:
@@ -67,7 +70,7 @@ class RowCodes(ABC):
                 part = T.cast(codes[lanes_at(first + begin + v * LANES, LANES)], f"int32x{LANES}")
                 T.buffer_store(total, total[whole] + part, [whole])
             of_group = horizontal(T.bind(total[whole]), LANES, lambda a, b: a + b)
-            T.buffer_store(sums[0], of_group * sum_factor(form), [at_row * tiles.groups + g])
+            T.buffer_store(sums[0], of_group * tiles.sum_factor, [at_row * tiles.groups + g])
 
 
 def _vector(dtype: str, lanes: int) -> str:

@@ -1,0 +1,82 @@
+"""Linear layers on integer codes for NEON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+from tvm.script.ir_builder import tirx as T
+
+from planish.backends.tvm.builder import Expr, i32
+from planish.backends.tvm.kernel import Packed
+from planish.backends.tvm.neon_tile import LANES, TILES, UNIT, WIDTH, build_neon_tile, packed_size, units_of_block
+from planish.backends.tvm.quantized import IntegerTiles
+from planish.backends.tvm.stage import Block, Stage, StageCode, choose_rows
+from planish.formats import Format
+from planish.targets import Target
+
+
+def neon_reason(node: fx.Node) -> str | None:
+    """Why a layer on integer codes has no kernel for NEON, or None."""
+    form = Format.parse(str(node.args[7])).weight
+    if not form.symmetric or (form.bits == 8 and form.group):
+        return f"the weight format {form.name} has no kernel for ARM: use a symmetric one, 8 bits without groups"
+    return None
+
+
+class NeonTiles(IntegerTiles):
+    """Products by ``sdot``."""
+
+    width, unit, code_dtype = WIDTH, UNIT, "int8"
+    rows = max(TILES)
+
+    def __init__(self, target: Target, stage: Stage) -> None:
+        super().__init__(target, stage)
+        self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
+
+    def packed(self) -> list[tuple[Packed, str]]:
+        """Codes, steps of groups, scales of columns."""
+        weight = self.form.weight
+        codes, scales, _, channels = self.node.args[1:5]
+        packed = [(Packed(codes, f"neon codes {weight.name}", 0), "uint8")]  # pyright: ignore
+        packed += [(Packed(scales, "neon steps", 0), "int16")] if weight.group else []  # pyright: ignore
+        return [*packed, (Packed(channels or scales, f"neon columns {weight.name}", 0), "float32")]  # pyright: ignore
+
+    def open(self, code: StageCode, block: Block) -> Any:
+        """Nothing: tiles unpack codes on the way."""
+
+    def adds_bias(self, block: Block) -> bool:
+        """Always."""
+        return True
+
+    def multiply_codes(self, code: StageCode, block: Block, row: Expr, left: Expr, opened: Any) -> None:
+        """Tiles of as many rows as there are: seven are four, two and one."""
+
+        def call(count: int) -> None:
+            done = 0
+            for rows in TILES:
+                while count - done >= rows:
+                    for column in range(0, block.columns, TILES[rows] * LANES):
+                        self._call(code, block, T.bind(row + done), rows, column)
+                    done += rows
+
+        choose_rows(left, self.rows, call)
+
+    def _call(self, code: StageCode, block: Block, row: Expr, rows: int, column: int) -> None:
+        """A tile whose first column is the block's ``column``-th."""
+        codes, scales, *_ = code.scratch
+        form, bias, place = self.form.weight, code.stage.bias, code.place
+        columns, at = min(TILES[rows] * LANES, block.columns - column), T.bind(row - code.first)
+        panels, *steps, of_columns = code.constants[: self.numbers]
+        first = T.bind(block.column + column)
+        operands = [T.address_of(codes[at * self.depth])]
+        operands += [T.address_of(panels[first * (self.depth * form.bits // 8)])]
+        operands += [T.address_of(s[block.column * self.groups + column]) for s in steps]
+        operands += [T.address_of(of_columns[first]), T.address_of(scales[at])]
+        operands += [T.address_of(place.buffer[place.row(row) + first])]
+        operands += [T.address_of(code.k.ev.sources[bias].buffer[first])] if bias is not None else []
+        kind = {"biased": bias is not None, "long": self.units > units_of_block(form)}
+        words = [word for word, wanted in kind.items() if wanted]
+        name = "_".join(["planish_tile", form.name.replace("-", "_"), f"{rows}x{columns}", *words])
+        symbol = code.k.module.tile(name, lambda: build_neon_tile(name, form, rows, columns, **kind))
+        T.evaluate(T.call_extern("int32", symbol, *operands, i32(self.depth), place.stride, i32(self.units)))

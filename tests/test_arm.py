@@ -1,0 +1,170 @@
+"""Bundles for ARM: built with a cross compiler, run under qemu."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import planish
+from planish.backends.bundle import toolchain
+from planish.backends.bundle.sizes import in_c
+from planish.errors import InputError, TargetError, UnknownNameError, UnsupportedOpsError
+from planish.passes import default_pipeline
+from planish.passes.precision import QuantizeUniform
+from planish.program import dim_symbol
+from planish.targets import TARGETS, Target
+
+pytestmark = pytest.mark.needs_arm
+
+DYNAMIC = {"input": {0: planish.Dim("rows", 1, 64)}}
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    first = [nn.Linear(64, 128), nn.GELU(), nn.LayerNorm(128)]
+    return nn.Sequential(*first, nn.Linear(128, 70), nn.Linear(70, 33), nn.Softmax(-1)).eval()
+
+
+def data(rows: int, depth: int = 64) -> torch.Tensor:
+    return torch.randn(rows, depth, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(target: str, **options: Any) -> planish.CompiledModel:
+    return planish.compile(perceptron(), (data(13),), target=target, dynamic=DYNAMIC, **options)
+
+
+def check(folder: Path, *words: str, cpu: str = "cortex-a76") -> subprocess.CompletedProcess[str]:
+    command = [*toolchain.emulator(TARGETS["arm"]), "-cpu", cpu, "./model_check", *words]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
+
+
+def off_by(text: str) -> list[float]:
+    """Differences that a check printed, as parts of the outputs' lengths."""
+    return [float(line.split("off by ")[1].split()[0]) for line in text.splitlines() if "off by" in line]
+
+
+@pytest.mark.parametrize("target", ["arm", "arm-int8", "arm-int4", "arm-int2"])
+def test_a_bundle_computes_what_the_graph_does(target: str, tmp_path: Path) -> None:
+    compiled(target).save(tmp_path)
+    done = check(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("passed\n")
+    assert off_by(done.stdout)[0] < 1e-6
+    facts = json.loads((tmp_path / "manifest.json").read_text())
+    assert facts["dims"] == {"rows": [1, 64]}
+    assert facts["weights"]["bytes"] == (tmp_path / "weights.bin").stat().st_size
+
+
+FORMS = ["w8a8", *(f"w{bits}a8{group}" for bits in (6, 5, 4, 3, 2) for group in ("-g32", "-g128", ""))]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_format_and_tile(form: str, tmp_path: Path) -> None:
+    """Inputs whose products are largest, depths that are no multiple of a group, more than one block of sums."""
+    torch.manual_seed(0)
+    for rows, depth in ((7, 100), (64, 1500), (1, 1500)):
+        model = nn.Linear(depth, 37).eval()
+        with torch.no_grad():
+            model.weight[3] = 1.0
+        x = data(rows, depth)
+        x[0] = 1.0
+        passes = default_pipeline(QuantizeUniform(form, head=form))
+        planish.compile(model, (x,), target="arm", passes=passes).save(tmp_path)
+        done = check(tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert off_by(done.stdout)[0] < 1e-6
+
+
+def test_formats_without_a_kernel_are_refused() -> None:
+    for form in ("w4a8-g32-min", "w8a8-g32"):
+        passes = default_pipeline(QuantizeUniform(form, head=form))
+        with pytest.raises(UnsupportedOpsError, match="has no kernel for ARM"):
+            planish.compile(perceptron(), (data(13),), target="arm", passes=passes)
+
+
+def test_sizes_are_those_of_the_plan(tmp_path: Path) -> None:
+    call = compiled("arm-int4")
+    call.save(tmp_path)
+    (plan,) = call._compiled.executable.plans  # pyright: ignore
+    arena = int(check(tmp_path).stdout.split("arena ")[1].split()[0])
+    assert arena % 64 == 0
+    assert arena > plan.arena({"rows": 13})[1]
+
+
+def test_errors_have_messages(tmp_path: Path) -> None:
+    compiled("arm-int4").save(tmp_path)
+    done = check(tmp_path, cpu="cortex-a53")
+    assert done.returncode == 2
+    assert "model_init: this processor lacks an instruction set of the code: armv8-dotprod" in done.stderr
+    weights = (tmp_path / "weights.bin").read_bytes()
+    for spoilt in (weights[:-64], bytes([weights[0] ^ 1]) + weights[1:]):
+        (tmp_path / "weights.bin").write_bytes(spoilt)
+        assert "the weights are not those of this model" in check(tmp_path).stderr
+
+
+MAIN = """
+#include "one.h"
+#include "two.h"
+#include <stdio.h>
+#include <stdlib.h>
+static void *load(const char *path, size_t *n) {
+  FILE *f = fopen(path, "rb"); void *p = aligned_alloc(64, 1 << 20); *n = fread(p, 1, 1 << 20, f); return p;
+}
+#define USE(P, DIM) do { \\
+  size_t n; void *w = load(#P "/weights.bin", &n); const int64_t dims[] = {DIM}, many[] = {65}; \\
+  int64_t need = P##_arena_bytes(dims); void *arena = aligned_alloc(64, need); P##_t *m; \\
+  const void *in[] = {load(#P "/golden/in0.bin", &(size_t){0})}; void *out[] = {aligned_alloc(64, 1 << 14)}; \\
+  printf("%d ", P##_arena_bytes(many) < 0); \\
+  printf("%d ", P##_init(&m, arena, 64, w, n)); \\
+  printf("%d ", P##_init(&m, arena, need, w, n)); \\
+  printf("%d ", P##_run(m, in, out, many)); \\
+  printf("%d ", P##_set_threads(m, 0)); \\
+  P##_set_threads(m, 2); \\
+  int code = P##_run(m, in, out, dims); \\
+  float *want = load(#P "/golden/out0.bin", &n), *got = out[0], off = 0; \\
+  for (size_t i = 0; i < n / 4; i++) off = off > want[i] - got[i] ? off : want[i] - got[i]; \\
+  printf("%d %d\\n", code, off < 1e-5); } while (0)
+int main(void) { USE(one, 13); USE(two, 13); return 0; }
+"""
+
+
+def test_two_models_in_a_program(tmp_path: Path) -> None:
+    for name, target in (("one", "arm-int4"), ("two", "arm")):
+        compiled(target).save(tmp_path / name, prefix=name)
+    (tmp_path / "main.c").write_text(MAIN)
+    cc, tools = toolchain.compiler(TARGETS["arm"])
+    libraries = ["one/libone.a", "two/libtwo.a"]
+    toolchain.call([cc, "-Ione", "-Itwo", "main.c", *libraries, "-o", "main", "-lm", "-pthread"], tmp_path)
+    text = toolchain.call([*toolchain.emulator(TARGETS["arm"]), "-cpu", "cortex-a76", "./main"], tmp_path)
+    assert text == "1 3 0 5 9 0 1\n" * 2
+    exported = toolchain.call([f"{tools}nm", "-D", "--defined-only", "one/libone.so"], tmp_path)
+    assert {line.split()[-1] for line in exported.splitlines()} == {
+        f"one_{n}" for n in ("arena_bytes", "error", "init", "run", "set_threads")
+    }
+
+
+def test_what_cannot_be_saved(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot begin C names"):
+        compiled("arm").save(tmp_path, prefix="my-model")
+    reference = planish.compile(perceptron(), (data(13),), target="reference")
+    with pytest.raises(TargetError, match="cannot be saved yet"):
+        reference.save(tmp_path)
+
+
+def test_sizes_in_c() -> None:
+    rows, width = dim_symbol("rows"), dim_symbol("width")
+    assert in_c(12, ()) == "INT64_C(12)"
+    assert in_c(4 * rows**2 + width, ("rows", "width")) == "INT64_C(4)*(d[0])*(d[0]) + d[1]"
+    with pytest.raises(UnknownNameError, match="cannot be written in C"):
+        in_c(rows / 3, ("rows",))
+
+
+def test_arm_targets_parse_on_any_machine() -> None:
+    assert Target.parse("arm-int4").is_arm
+    assert Target.parse("arm-int4").lanes == 4
