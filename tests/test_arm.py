@@ -64,21 +64,34 @@ def test_a_bundle_computes_what_the_graph_does(target: str, tmp_path: Path) -> N
 FORMS = ["w8a8", *(f"w{bits}a8{group}" for bits in (6, 5, 4, 3, 2) for group in ("-g32", "-g128", ""))]
 
 
+class Layers(nn.Module):
+    """Linear layers of unlike rows and depths: no multiple of a group, more than one block of sums."""
+
+    sizes = ((7, 100), (64, 1500), (1, 1500))
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(depth, 37) for _, depth in self.sizes)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Each of its own input."""
+        return tuple(layer(x) for layer, x in zip(self.layers, (a, b, c), strict=True))
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_format_and_tile(form: str, tmp_path: Path) -> None:
-    """Inputs whose products are largest, depths that are no multiple of a group, more than one block of sums."""
-    torch.manual_seed(0)
-    for rows, depth in ((7, 100), (64, 1500), (1, 1500)):
-        model = nn.Linear(depth, 37).eval()
-        with torch.no_grad():
-            model.weight[3] = 1.0
-        x = data(rows, depth)
+    """With a row and a column whose products are largest."""
+    model, inputs = Layers().eval().requires_grad_(False), [data(*size) for size in Layers.sizes]
+    for layer, x in zip(model.layers, inputs, strict=True):
+        layer.weight[3] = 1.0
         x[0] = 1.0
-        passes = default_pipeline(QuantizeUniform(form, head=form))
-        planish.compile(model, (x,), target="arm", passes=passes).save(tmp_path)
-        done = check(tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert off_by(done.stdout)[0] < 1e-6
+    passes = default_pipeline(QuantizeUniform(form, head=form))
+    planish.compile(model, tuple(inputs), target="arm", passes=passes).save(tmp_path)
+    done = check(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert max(off_by(done.stdout)) < 1e-6
+    assert len(off_by(done.stdout)) == 3
 
 
 def test_formats_without_a_kernel_are_refused() -> None:
