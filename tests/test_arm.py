@@ -101,6 +101,14 @@ def test_formats_without_a_kernel_are_refused() -> None:
             planish.compile(perceptron(), (data(13),), target="arm", passes=passes)
 
 
+def test_a_softmax_longer_than_the_caches(tmp_path: Path) -> None:
+    x = torch.randn(2, 1 << 20, generator=torch.Generator().manual_seed(1))
+    planish.compile(nn.Softmax(-1).eval(), (x,), target="arm").save(tmp_path)
+    done = check(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert off_by(done.stdout)[0] < 1e-5
+
+
 def test_sizes_are_those_of_the_plan(tmp_path: Path) -> None:
     call = compiled("arm-int4")
     call.save(tmp_path)

@@ -306,7 +306,7 @@ class _Rows:
         else:
             value, stretch = sweep.times(scale), stretch.over(self.values)
         if self.k.region.result is self.anchor:
-            stream = self.schedule.stream and not self.stored
+            stream = self.schedule.stream and not self.stored and not self.k.module.target.is_arm  # its fence is x86's
             sweep.write(stretch, self.out, value, stream=stream)
             return
         index = self._index(row)
