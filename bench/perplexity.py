@@ -29,6 +29,7 @@ ROWS = {
     "static, evened": (QuantizeUniform(STATIC, head="fp"), True),
     "per token": (QuantizeUniform(WEIGHT, head="fp"), False),
     "per token, evened": (QuantizeUniform(WEIGHT, head="fp"), True),
+    "per token, 8 channels fp32, evened": (QuantizeUniform(WEIGHT, head="fp", outliers=8), True),
     "static, 8 channels fp32": (QuantizeUniform(STATIC, head="fp", outliers=8, equalise="none"), True),
     "static, 8 channels fp32, evened": (QuantizeUniform(STATIC, head="fp", outliers=8), True),
 }
