@@ -17,24 +17,18 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at
-from planish.backends.tvm.integer_tile import planes
+from planish.backends.tvm.integer_tile import UNIT, WIDTH, planes
 from planish.backends.tvm.microkernel import prefetch
 from planish.formats import LARGEST_CODE, WeightFormat
 
 LANES = 4
 """Columns of a vector."""
 
-UNIT = 32
-"""Input features that are unpacked together; groups are whole units, the last is filled up with zeros."""
-
 QUADS = UNIT // 4
 """Steps of a unit: ``sdot`` adds up four products."""
 
 HALF = UNIT // 2
 """Activations' codes in a register."""
-
-WIDTH = 16
-"""Columns of a panel of the packed weight: four vectors, each with codes of its own."""
 
 TILES = {8: 1, 4: 2, 2: 4, 1: 4}
 """Rows of a tile to its vectors of columns, at most: with more, sums and products do not fit 32 registers."""
@@ -75,19 +69,6 @@ def packed_codes(codes: torch.Tensor, form: WeightFormat) -> torch.Tensor:
         parts.append((pieces << places).sum(3, dtype=torch.uint8))
         low += bits
     return torch.cat(parts, 2).reshape(-1)
-
-
-def packed_numbers(numbers: torch.Tensor) -> torch.Tensor:
-    """Steps [N, groups], or one number per column [N], as panels [group][column], filled up with zeros."""
-    numbers = numbers.view(len(numbers), -1)
-    padded = torch.nn.functional.pad(numbers, (0, 0, 0, -numbers.shape[0] % WIDTH))
-    return padded.unflatten(0, (-1, WIDTH)).transpose(1, 2).reshape(-1)
-
-
-def packed_size(shape: tuple[int, int], form: WeightFormat) -> int:
-    """Bytes of ``packed_codes``."""
-    n, depth = shape
-    return -(-n // WIDTH) * WIDTH * -(-depth // UNIT) * UNIT * form.bits // 8
 
 
 def build_neon_tile(

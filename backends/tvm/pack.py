@@ -97,10 +97,10 @@ NEON_CODES = {f"neon codes {form.name}": form for form in FORMATS}
 NEON_COLUMNS = {f"neon columns {form.name}": form for form in FORMATS}
 LAYOUTS |= {name: lambda t, _, __, form=form: neon_tile.packed_codes(t, form) for name, form in NEON_CODES.items()}
 LAYOUTS |= {
-    name: lambda t, _, __, form=form: neon_tile.packed_numbers(t.view(-1) / (1 << neon_tile.shift(form)))
+    name: lambda t, _, __, form=form: packed_numbers(t.view(-1) / (1 << neon_tile.shift(form)))
     for name, form in NEON_COLUMNS.items()
 }
-LAYOUTS["neon steps"] = lambda t, _, __: neon_tile.packed_numbers(t.short())
+LAYOUTS["neon steps"] = lambda t, _, __: packed_numbers(t.short())
 
 
 def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, lanes: int) -> int:
@@ -110,7 +110,7 @@ def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, l
     if layout in OFFSETS:
         return 4 * -(-shape[0] // WIDTH) * WIDTH * blocks(OFFSETS[layout], shape[1])
     if layout in NEON_CODES:
-        return neon_tile.packed_size((shape[0], shape[1]), NEON_CODES[layout])
+        return packed_size((shape[0], shape[1]), NEON_CODES[layout])
     if layout in NEON_COLUMNS or layout == "neon steps":
         return (2 if layout == "neon steps" else 4) * -(-shape[0] // WIDTH) * WIDTH * math.prod(shape[1:])
     if layout == "pairs":

@@ -8,8 +8,9 @@ from torch import fx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, i32
+from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_size
 from planish.backends.tvm.kernel import Packed
-from planish.backends.tvm.neon_tile import LANES, TILES, UNIT, WIDTH, build_neon_tile, packed_size, units_of_block
+from planish.backends.tvm.neon_tile import LANES, TILES, build_neon_tile, units_of_block
 from planish.backends.tvm.quantized import IntegerTiles
 from planish.backends.tvm.stage import Block, Stage, StageCode, choose_rows
 from planish.formats import Format
