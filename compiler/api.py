@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
@@ -42,11 +43,13 @@ from planish.state import State, StateSpec, lend
 from planish.targets import Target
 from planish.verify import relative_error
 
+if TYPE_CHECKING:
+    from planish.backends.bundle.check import Check
+
 log = logging.getLogger("planish")
 
-FLOAT_TOLERANCE, CODES_TOLERANCE = 1e-5, 0.1
-"""Of a bundle's outputs against PyTorch's, as a part of their length: a code that another order of a sum rounds the
-other way is a whole step off, and changes what follows."""
+BUNDLE_TOLERANCE = 1e-6
+"""Of a bundle's outputs against those of the same kernels on this machine, as a part of their length."""
 
 Inputs = tuple[Any, ...] | Mapping[str, Any]
 
@@ -285,7 +288,8 @@ class CompiledModel:
             TargetError: the model was compiled for this machine.
             InputError, StateError, ToolchainError: see ``planish.backends.bundle.write_bundle``.
         """
-        from planish.backends.bundle.write import Golden, write_bundle
+        from planish.backends.bundle.write import Bundle, Golden, write_bundle
+        from planish.backends.tvm.backend import TvmBackend
         from planish.backends.tvm.cross import CrossExecutable
 
         compiled = self._ready()
@@ -296,18 +300,31 @@ class CompiledModel:
             )
         inputs = executable.program.example
         dims = check_inputs(compiled, inputs)
-        tolerance = CODES_TOLERANCE if any("quantized" in p.makes for p in self._pipeline) else FLOAT_TOLERANCE
-        golden = Golden(inputs, dims, executable(inputs, dims, ()), tolerance)
+        twin = TvmBackend().compile(executable.program, self.target.twin)
+        golden = Golden(inputs, dims, twin(inputs, dims, ()), BUNDLE_TOLERANCE)
+        title = f"{prefix} for {self.target.name}"
         write_bundle(
-            Path(folder),
-            prefix,
-            f"{prefix} for {self.target.name}",
-            self.target,
-            executable,
-            compiled.dims,
-            compiled.counts,
-            golden,
+            Path(folder), Bundle(prefix, title, self.target, executable, compiled.dims, compiled.counts, golden)
         )
+
+    def check(self, runner: str = "qemu", cpu: str | None = None) -> Check:
+        """Save a bundle, and run its own check: does its code compute what the host does?
+
+        Args:
+            runner: ``"qemu"``: in qemu-user, on this machine.
+            cpu: processor as qemu names it; None for one that has the code's instructions and no more.
+
+        Raises:
+            UnknownNameError: there is no such runner.
+            PlanishError: see ``save``, and ``planish.backends.bundle.check.check_bundle``.
+        """
+        from planish.backends.bundle.check import check_bundle
+
+        if runner != "qemu":
+            raise UnknownNameError(f"unknown runner {runner!r}", fix="use 'qemu'")
+        with tempfile.TemporaryDirectory(prefix="planish-") as folder:
+            self.save(folder)
+            return check_bundle(Path(folder), cpu)
 
     def trim(self) -> None:
         """Give memory kept for later calls back."""

@@ -189,6 +189,29 @@ def _step_row(step: dict[str, Any]) -> list[str]:
     ]
 
 
+bundle = typer.Typer(help="Bundles: models saved as C libraries.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bundle, name="bundle")
+
+
+@bundle.callback()
+def _bundle() -> None:  # pyright: ignore[reportUnusedFunction]  (keeps check a command of its own)
+    """Bundles: models saved as C libraries."""
+
+
+@bundle.command("check")
+def bundle_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="written by a compiled model's save()")],
+    cpu: Annotated[str | None, typer.Option("--cpu", help="as qemu names it; default: one of the code's level")] = None,
+) -> None:
+    """Run a bundle under qemu-user on its golden inputs; exits with 1 where an output is another."""
+    from planish.backends.bundle.check import check_bundle
+
+    found = check_bundle(folder, cpu)
+    typer.echo(found.text.rstrip())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
 @app.command()
 def doctor(
     tune: Annotated[

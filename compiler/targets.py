@@ -22,8 +22,9 @@ class Target:
         name: the spelling users write.
         backend: the backend that lowers for it, ``"tvm"`` or ``"reference"``.
         doc: one line for the table of targets.
-        arch: ``"x86_64"``, or ``""`` where the backend does not generate code.
-        isa: instruction-set level, ``"avx2"`` or ``"avx512"``; ``"host"`` is resolved when compiling.
+        arch: machine code: ``"x86_64"``, ``"aarch64"``, ``"arm"``, or ``""`` where the backend generates none.
+        isa: instruction-set level that kernels are written for: ``"avx2"``, ``"avx512"`` or one of ``ARM_LEVELS``;
+            ``"host"`` is resolved when compiling.
         mcpu: LLVM's processor name, which decides scheduling and the allowed instructions.
         vector_bytes: width of a vector register in bytes.
         vector_registers: number of architectural vector registers.
@@ -50,13 +51,23 @@ class Target:
 
     @property
     def is_arm(self) -> bool:
-        """Whether its code is for ARM, which this machine does not run."""
+        """Whether its kernels are those for ARM."""
+        return self.isa in ARM_LEVELS
+
+    @property
+    def is_cross(self) -> bool:
+        """Whether its machine code is for ARM, which this machine does not run."""
         return self.arch in ("aarch64", "arm")
+
+    @property
+    def twin(self) -> Target:
+        """The same kernels as this ARM target's, operation by operation, as code for x86-64."""
+        return replace(self, arch="x86_64", mcpu="haswell")
 
     @property
     def triple(self) -> str:
         """LLVM's name of an ARM target's platform."""
-        return "aarch64-linux-gnu" if self.arch == "aarch64" else "armv7a-linux-gnueabihf"
+        return ARM_LEVELS[self.isa].triple
 
     @property
     def lanes(self) -> int:
@@ -77,15 +88,20 @@ class Target:
     def parse(spelling: str | Target) -> Target:
         """The target that a string names; ``"cpu"`` becomes the best level this machine runs.
 
+        ``"arm-int4:cortex-a55"`` is ``"arm-int4"`` for that processor: its order of instructions and its caches.
+
         Raises:
-            UnknownNameError: no target has that name.
-            TargetError: this machine cannot run the target's code.
+            UnknownNameError: no target, or no processor, has that name.
+            TargetError: this machine, or the processor, cannot run the target's code.
         """
         if isinstance(spelling, Target):
             return spelling
-        if spelling not in TARGETS:
-            raise UnknownNameError(f"unknown target {spelling!r}", fix="use one of: " + ", ".join(TARGETS))
-        target = TARGETS[spelling]
+        name, _, mcpu = spelling.partition(":")
+        if name not in TARGETS:
+            raise UnknownNameError(f"unknown target {name!r}", fix="use one of: " + ", ".join(TARGETS))
+        target = TARGETS[name]
+        if mcpu:
+            return target.tuned(mcpu)
         if target.isa == "host":
             return replace(Target.host(), name=target.name, format=target.format)
         if target.is_arm:
@@ -97,6 +113,26 @@ class Target:
                 fix="use target='cpu' to get the best level this machine runs",
             )
         return replace(target, costs=shipped_table(target.isa)) if target.isa else target
+
+    def tuned(self, mcpu: str) -> Target:
+        """This ARM target for one processor, whatever its level: code keeps to the target's instructions.
+
+        Raises:
+            UnknownNameError: there is no such processor.
+            TargetError: the target is not for ARM, or the processor lacks its instructions.
+        """
+        if not self.is_arm:
+            raise TargetError(f"target {self.name!r} cannot be tuned for {mcpu!r}", why="only ARM targets can")
+        fit = [name for name, cpu in ARM_PROCESSORS.items() if ARM_LEVELS[self.isa] in cpu.levels]
+        if mcpu not in ARM_PROCESSORS:
+            raise UnknownNameError(f"unknown processor {mcpu!r}", fix="use one of: " + ", ".join(fit))
+        if mcpu not in fit:
+            raise TargetError(
+                f"target {self.name!r} needs {self.isa}, which {mcpu} does not have",
+                why=f"{mcpu} has: {', '.join(level.isa for level in ARM_PROCESSORS[mcpu].levels)}",
+                fix="use one of: " + ", ".join(fit),
+            )
+        return replace(self, mcpu=mcpu, l2_bytes=ARM_PROCESSORS[mcpu].l2_bytes)
 
     @staticmethod
     def host() -> Target:
@@ -121,6 +157,107 @@ class Target:
             why="planish's CPU kernels are written for those levels",
             fix="use target='reference' to run the optimised graph in PyTorch",
         )
+
+
+@dataclass(frozen=True)
+class ArmLevel:
+    """A set of instructions that ARM code may use.
+
+    Attributes:
+        isa: its name.
+        doc: which machines have it.
+        target: what names of targets begin with.
+        triple: LLVM's name of the platform.
+        mcpu: processor that code is tuned for if none is named.
+        features: LLVM's, beyond the processor's own or taken away from it.
+        registers: of 16 bytes.
+        order: levels of an architecture have the instructions of those before.
+    """
+
+    isa: str
+    doc: str
+    target: str
+    triple: str
+    mcpu: str
+    features: tuple[str, ...]
+    registers: int
+    order: int
+
+    @property
+    def arch(self) -> str:
+        """``"aarch64"`` or ``"arm"``."""
+        return "aarch64" if self.triple.startswith("aarch64") else "arm"
+
+
+_LINUX = "aarch64-linux-gnu"
+_NO_SVE = ("-sve", "-sve2")  # a level promises none, also where its processors have it
+_LEVELS = (
+    ArmLevel("armv8-dotprod", "ARMv8.2 with dot products", "arm", _LINUX, "cortex-a76", ("+dotprod", *_NO_SVE), 32, 1),
+    ArmLevel("armv8", "any 64-bit ARM", "armv8", _LINUX, "cortex-a53", ("-dotprod", *_NO_SVE), 32, 0),
+    ArmLevel("armv8-i8mm", "ARMv8.6 with matrix products", "armv8-i8mm", _LINUX, "neoverse-n2", ("+i8mm", *_NO_SVE), 32, 2),
+    ArmLevel("armv7", "32-bit ARM with NEON", "armv7", "armv7a-linux-gnueabihf", "cortex-a7", ("+neon", "+vfp4"), 16, 0),
+)
+ARM_LEVELS = {level.isa: level for level in _LEVELS}
+
+
+@dataclass(frozen=True)
+class ArmProcessor:
+    """A processor: the highest level that it has, and the second-level cache of a core, as it is usually built."""
+
+    isa: str
+    l2_bytes: int
+
+    @property
+    def levels(self) -> tuple[ArmLevel, ...]:
+        """All whose code it runs as its own architecture's."""
+        best = ARM_LEVELS[self.isa]
+        found = [level for level in _LEVELS if level.arch == best.arch and level.order <= best.order]
+        return tuple(sorted(found, key=lambda level: level.order))
+
+
+ARM_PROCESSORS = {
+    name: ArmProcessor(isa, kib << 10)
+    for isa, kib, names in (
+        ("armv7", 256, "cortex-a7 cortex-a15 cortex-a17 cortex-a32"),
+        ("armv8", 512, "cortex-a35 cortex-a53 cortex-a57 cortex-a72 cortex-a73"),
+        ("armv8-dotprod", 128, "cortex-a55"),
+        ("armv8-dotprod", 256, "cortex-a75 cortex-a76 cortex-a77"),
+        ("armv8-dotprod", 512, "cortex-a78 cortex-x1"),
+        ("armv8-dotprod", 1024, "neoverse-n1"),
+        ("armv8-i8mm", 256, "cortex-a510 cortex-a520"),
+        ("armv8-i8mm", 512, "cortex-a710 cortex-a715 cortex-a720"),
+        ("armv8-i8mm", 1024, "cortex-x2 cortex-x3 neoverse-n2 neoverse-v1 neoverse-v2"),
+    )
+    for name in names.split()
+}
+
+
+def _arm_targets() -> list[Target]:
+    """For every level one in fp32 and one for each format of layers."""
+    formats = (
+        ("", "", ", as a bundle"),
+        ("-int8", "w8a8", ", layers on 8-bit codes (w8a8)"),
+        ("-int4", "w4a8-g32", ", weights in 4 bits (w4a8-g32), the head in 8"),
+        ("-int2", "w2a8-g32", ", weights in 2 bits (w2a8-g32), the head in 8"),
+    )
+    return [
+        Target(
+            level.target + suffix,
+            "tvm",
+            level.doc + doc,
+            arch=level.arch,
+            isa=level.isa,
+            mcpu=level.mcpu,
+            vector_bytes=16,
+            vector_registers=level.registers,
+            l2_bytes=ARM_PROCESSORS[level.mcpu].l2_bytes,
+            llc_bytes=2 << 20,
+            cores=4,
+            format=form,
+        )
+        for level in _LEVELS
+        for suffix, form, doc in formats
+    ]
 
 
 TARGETS: dict[str, Target] = {
@@ -155,28 +292,7 @@ TARGETS: dict[str, Target] = {
             llc_bytes=16 << 20,
             cores=4,
         ),
-        *(
-            Target(
-                f"arm{suffix}",
-                "tvm",
-                doc,
-                arch="aarch64",
-                isa="armv8-dotprod",
-                mcpu="cortex-a76",
-                vector_bytes=16,
-                vector_registers=32,
-                l2_bytes=256 << 10,
-                llc_bytes=2 << 20,
-                cores=4,
-                format=form,
-            )
-            for suffix, form, doc in (
-                ("", "", "ARMv8.2 with dot products, as a bundle"),
-                ("-int8", "w8a8", "as arm, layers on 8-bit codes (w8a8)"),
-                ("-int4", "w4a8-g32", "as arm, weights in 4 bits (w4a8-g32), the head in 8"),
-                ("-int2", "w2a8-g32", "as arm, weights in 2 bits (w2a8-g32), the head in 8"),
-            )
-        ),
+        *_arm_targets(),
         Target("reference", "reference", "runs the rewritten graph in eager PyTorch: the oracle of the tests"),
     )
 }

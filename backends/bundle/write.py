@@ -17,14 +17,15 @@ import torch
 
 from planish import __version__
 from planish.backends.bundle import toolchain
+from planish.backends.bundle.link import link
 from planish.backends.bundle.sizes import in_c
 from planish.backends.tvm.codegen import STATUS_FAILED
 from planish.backends.tvm.cross import CrossExecutable
 from planish.backends.tvm.expr import DIVISION_BY_ZERO
 from planish.errors import InputError, StateError
 from planish.plan import ALIGN, HEAD
-from planish.program import Dim, TensorSpec
-from planish.targets import Target
+from planish.program import Dim
+from planish.targets import ARM_LEVELS, Target
 
 STACK_BYTES = 512
 """TVM keeps smaller buffers on the stack; larger ones may be scratch memory."""
@@ -43,12 +44,10 @@ C_TYPES = {
 HWCAP = {
     "armv8": "(void)have, 1",
     "armv8-dotprod": "(have >> 20) & 1 /* ASIMDDP */",
+    "armv7": "(have >> 12) & (have >> 16) & 1 /* NEON, VFPV4 */",
     "armv8-i8mm": "(have >> 20) & (have2 >> 13) & 1 /* ASIMDDP, I8MM */",
 }
 """For each instruction-set level: C expression over the bits of HWCAP that says whether the processor has it."""
-
-_FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-fdata-sections", "-pthread")
-
 
 @dataclass(frozen=True)
 class Golden:
@@ -60,20 +59,11 @@ class Golden:
     tolerance: float
 
 
-def write_bundle(
-    folder: Path,
-    prefix: str,
-    title: str,
-    target: Target,
-    executable: CrossExecutable,
-    dims: Mapping[str, Dim],
-    counts: Mapping[str, int | sympy.Expr],
-    golden: Golden,
-) -> None:
-    """Write a folder that needs neither planish nor TVM.
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle is made from.
 
-    Args:
-        folder: made if need be; files of the same names are replaced.
+    Attributes:
         prefix: of all exported names.
         title: what the model is.
         target: what the code is for.
@@ -81,108 +71,142 @@ def write_bundle(
         dims: dynamic ones with their ranges.
         counts: those of them that are counted in a call, with their upper bounds.
         golden: what the bundle checks itself by.
+    """
+
+    prefix: str
+    title: str
+    target: Target
+    executable: CrossExecutable
+    dims: Mapping[str, Dim]
+    counts: Mapping[str, int | sympy.Expr]
+    golden: Golden
+
+    def facts(self) -> dict[str, Any]:
+        """What the templates say."""
+        program, plan = self.executable.program, self.executable.plan
+        names = list(self.dims)
+        outputs = list(dict.fromkeys(self.executable.outputs))
+        at = [self.executable.outputs.index(o) for o in outputs]
+        blob = self.executable.blob
+        return {
+            "prefix": self.prefix,
+            "upper": self.prefix.upper(),
+            "title": self.title,
+            "version": __version__,
+            "target": self.target.name,
+            "isa": self.target.isa,
+            "mcpu": self.target.mcpu,
+            "tools": toolchain.prefix(ARM_LEVELS[self.target.isa]),
+            "hwcap": HWCAP[self.target.isa],
+            "threads": self.target.cores,
+            "inputs": [str(s) for s in program.inputs],
+            "outputs": [str(program.outputs[i]) for i in at],
+            **self._dims(),
+            "buffers": self._buffers(),
+            "head": HEAD,
+            "scratch": max(ALIGN, *(scratch_bytes(text) for text in self.executable.tir.values())),
+            "pointers": len(program.inputs) + len(outputs) + 3,
+            "calls": len(plan.calls),
+            "status_failed": STATUS_FAILED,
+            "status_division": DIVISION_BY_ZERO,
+            "weights_bytes": blob.numel(),
+            "weights_crc": f"{zlib.crc32(blob.numpy()):#010x}",
+            "names": names,
+            "golden": [
+                {
+                    "name": program.outputs[i].name,
+                    "bytes": self.golden.outputs[i].nbytes,
+                    "elements": self.golden.outputs[i].numel(),
+                    "ctype": C_TYPES[self.golden.outputs[i].dtype],
+                    "tolerance": self.golden.tolerance,
+                }
+                for i in at
+            ],
+        }
+
+    def _dims(self) -> dict[str, Any]:
+        given, names = [name for name in self.dims if name not in self.counts], list(self.dims)
+        sizes = self.golden.dims
+        return {
+            "dims": [{"name": n, "min": self.dims[n].min, "max": self.dims[n].max, "size": sizes[n]} for n in given],
+            "all_dims": [
+                {
+                    "name": n,
+                    "min": self.dims[n].min,
+                    "max": self.dims[n].max,
+                    "place": given.index(n) if n in given else 0,
+                    "bound": in_c(self.counts[n], names) if n in self.counts else None,
+                }
+                for n in names
+            ],
+        }
+
+    def _buffers(self) -> list[dict[str, Any]]:
+        plan, names = self.executable.plan, list(self.dims)
+        spans = plan.lifetimes()
+        return [
+            {
+                "bytes": in_c(sympy.prod(buffer.shape) * buffer.itemsize, names),
+                "first": spans.get(i, (0, 0))[0],
+                "last": spans.get(i, (0, 0))[1],
+            }
+            for i, buffer in enumerate(plan.buffers)
+            if buffer.kind == "arena"
+        ]
+
+
+TEMPLATES = {
+    "model.c": "{}.c",
+    "model.h": "{}.h",
+    "model_check.c": "{}_check.c",
+    "model.cmake": "{}.cmake",
+    "README.md": "README.md",
+}
+
+
+def write_bundle(folder: Path, bundle: Bundle) -> None:
+    """Write a folder that needs neither planish nor TVM.
+
+    Args:
+        folder: made if need be; files of the same names are replaced.
+        bundle: what to write.
 
     Raises:
         InputError: the prefix is no C name.
         StateError: the model has a state.
         ToolchainError: there is no cross compiler, or it failed.
     """
+    prefix, executable, golden = bundle.prefix, bundle.executable, bundle.golden
     if not re.fullmatch(r"[a-z_][a-z0-9_]*", prefix):
         raise InputError(f"prefix {prefix!r} cannot begin C names", fix="use lower-case letters, digits and _")
     if executable.program.state:
         raise StateError("a model with a state cannot be saved as a bundle yet", fix="pass its buffers as inputs")
-    facts = _facts(prefix, title, target, executable, dims, counts, golden)
+    facts = bundle.facts()
     loader = jinja2.FileSystemLoader(Path(__file__).resolve().parent)
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     data = folder / "golden"
     data.mkdir(parents=True, exist_ok=True)
-    names = {"model.c": f"{prefix}.c", "model.h": f"{prefix}.h", "model_check.c": f"{prefix}_check.c"}
-    for template, name in names.items():
-        (folder / name).write_text(environment.get_template(f"{template}.j2").render(facts))
+    for template, name in TEMPLATES.items():
+        (folder / name.format(prefix)).write_text(environment.get_template(f"{template}.j2").render(facts))
     (folder / "weights.bin").write_bytes(executable.blob.numpy().tobytes())
     for stem, tensors in (("in", golden.inputs), ("out", golden.outputs)):
         for i, tensor in enumerate(tensors):
             (data / f"{stem}{i}.bin").write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    _link(folder, prefix, target, executable)
+    link(folder, prefix, ARM_LEVELS[bundle.target.isa], [code for code, _ in executable.objects])
     manifest = {
-        "model": title,
+        "model": bundle.title,
+        "prefix": prefix,
         "planish": __version__,
-        "target": target.name,
-        "isa": target.isa,
+        "target": bundle.target.name,
+        "isa": bundle.target.isa,
+        "mcpu": bundle.target.mcpu,
         "inputs": facts["inputs"],
         "outputs": facts["outputs"],
-        "dims": {name: [dim.min, dim.max] for name, dim in dims.items() if name not in counts},
-        "weights": {"bytes": executable.blob.numel(), "crc32": facts["weights_crc"]},
+        "dims": {dim["name"]: [dim["min"], dim["max"]] for dim in facts["dims"]},
+        "weights": {"bytes": facts["weights_bytes"], "crc32": facts["weights_crc"]},
         "sha256": {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir()) if f.is_file()},
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
-
-
-def _facts(
-    prefix: str,
-    title: str,
-    target: Target,
-    executable: CrossExecutable,
-    dims: Mapping[str, Dim],
-    counts: Mapping[str, int | sympy.Expr],
-    golden: Golden,
-) -> dict[str, Any]:
-    """What the templates say."""
-    program, plan = executable.program, executable.plan
-    spans, names = plan.lifetimes(), list(dims)
-    given = [name for name in names if name not in counts]
-    held = [i for i, b in enumerate(plan.buffers) if b.kind == "arena"]
-    outputs = list(dict.fromkeys(executable.outputs))
-    specs: list[TensorSpec] = [program.outputs[executable.outputs.index(o)] for o in outputs]
-    wanted = [golden.outputs[executable.outputs.index(o)] for o in outputs]
-    return {
-        "prefix": prefix,
-        "upper": prefix.upper(),
-        "title": title,
-        "version": __version__,
-        "isa": target.isa,
-        "hwcap": HWCAP[target.isa],
-        "threads": target.cores,
-        "inputs": [str(s) for s in program.inputs],
-        "outputs": [str(s) for s in specs],
-        "dims": [{"name": n, "min": dims[n].min, "max": dims[n].max, "size": golden.dims[n]} for n in given],
-        "all_dims": [
-            {
-                "name": n,
-                "min": dims[n].min,
-                "max": dims[n].max,
-                "place": given.index(n) if n in given else 0,
-                "bound": in_c(counts[n], names) if n in counts else None,
-            }
-            for n in names
-        ],
-        "buffers": [
-            {
-                "bytes": in_c(sympy.prod(plan.buffers[b].shape) * plan.buffers[b].itemsize, names),
-                "first": spans.get(b, (0, 0))[0],
-                "last": spans.get(b, (0, 0))[1],
-            }
-            for b in held
-        ],
-        "head": HEAD,
-        "scratch": max(ALIGN, *(scratch_bytes(text) for text in executable.tir.values())),
-        "pointers": len(program.inputs) + len(outputs) + 3,
-        "calls": len(plan.calls),
-        "status_failed": STATUS_FAILED,
-        "status_division": DIVISION_BY_ZERO,
-        "weights_bytes": executable.blob.numel(),
-        "weights_crc": f"{zlib.crc32(executable.blob.numpy()):#010x}",
-        "golden": [
-            {
-                "name": spec.name,
-                "bytes": t.numel() * t.element_size(),
-                "elements": t.numel(),
-                "ctype": C_TYPES[t.dtype],
-                "tolerance": golden.tolerance,
-            }
-            for spec, t in zip(specs, wanted, strict=True)
-        ],
-    }
 
 
 _ALLOCATION = re.compile(r"T\.alloc_buffer\(\((\d+),\)(?:, \"(\w+)\")?")
@@ -196,26 +220,3 @@ def scratch_bytes(tir: str) -> int:
         nbytes = int(count) * bits // 8
         total += -(-nbytes // ALIGN) * ALIGN if nbytes >= STACK_BYTES else 0
     return total
-
-
-def _link(folder: Path, prefix: str, target: Target, executable: CrossExecutable) -> None:
-    """``libPREFIX.a`` and ``libPREFIX.so``, which export names that begin with the prefix, and PREFIX_check."""
-    cc, tools = toolchain.compiler(target)
-    objects: list[str] = []
-    for i, (code, _) in enumerate(executable.objects):
-        (folder / f"code{i}.o").write_bytes(code)
-        objects.append(f"code{i}.o")
-    whole, keep = f"{prefix}.o", folder / "exports"
-    keep.write_text("".join(f"{prefix}_{n}\n" for n in ("arena_bytes", "init", "run", "set_threads", "error")))
-    toolchain.call([cc, *_FLAGS, "-c", f"{prefix}.c", "-o", "shim.o"], folder)
-    toolchain.call([f"{tools}ld", "-r", "-o", whole, "shim.o", *objects], folder)
-    toolchain.call([f"{tools}objcopy", f"--keep-global-symbols={keep.name}", whole], folder)
-    (folder / f"lib{prefix}.a").unlink(missing_ok=True)
-    toolchain.call([f"{tools}ar", "rcsD", f"lib{prefix}.a", whole], folder)
-    linking = ("-shared", "-Wl,-z,max-page-size=4096", "-Wl,-z,noseparate-code", "-Wl,--gc-sections", "-s", "-pthread")
-    toolchain.call([cc, *linking, "-o", f"lib{prefix}.so", whole, "-lm"], folder)
-    toolchain.call(
-        [cc, "-O2", "-o", f"{prefix}_check", f"{prefix}_check.c", f"lib{prefix}.a", "-lm", "-pthread"], folder
-    )
-    for name in ("shim.o", whole, keep.name, *objects):
-        (folder / name).unlink()

@@ -41,7 +41,7 @@ class TvmBackend:
         objects = _machine_code(lowering.module, main)
         functions = lowering.module.functions | lowering.module.tiles | {ENTRY: main}
         tir = {name: func.script() for name, func in functions.items()}
-        made = CrossExecutable if target.is_arm else TvmExecutable
+        made = CrossExecutable if target.is_cross else TvmExecutable
         return made(program, lowering.plan, lowering.outputs, blob, objects, tir)
 
 

@@ -15,7 +15,7 @@ from planish.backends.tvm.kernel import Module
 from planish.backends.tvm.lower import STATUS
 from planish.plan import Plan, count_word
 from planish.program import Program
-from planish.targets import Target
+from planish.targets import ARM_LEVELS, Target
 
 ENTRY = "planish_main"
 """C name of the model's function."""
@@ -27,8 +27,10 @@ STATUS_FAILED = 2
 def llvm_target(target: Target) -> tvm.target.Target:
     """TVM's description of a CPU target."""
     described: dict[str, Any] = {"kind": "llvm", "mcpu": target.mcpu}
-    if target.is_arm:
-        described |= {"mtriple": target.triple}
+    if target.is_cross:
+        level = ARM_LEVELS[target.isa]
+        described |= {"mtriple": level.triple, "mattr": list(level.features)}
+        described |= {"mfloat-abi": "hard"} if level.arch == "arm" else {}
     return tvm.target.Target(described)
 
 
@@ -112,12 +114,14 @@ def compile_module(module: Module, main: tirx.PrimFunc) -> list[tuple[bytes, str
     kernels = {name: func.with_attr("global_symbol", name) for name, func in module.functions.items()}
     functions = {tvm.ir.GlobalVar(name): func for name, func in (kernels | {ENTRY: main}).items()}
     tiles = {tvm.ir.GlobalVar(name): func for name, func in module.tiles.items()}
-    return [_object_code(f, llvm_target(module.target)) for f in (functions, tiles) if f]
+    return [object_code(f, module.target) for f in (functions, tiles) if f]
 
 
-def _object_code(functions: dict[tvm.ir.GlobalVar, tirx.PrimFunc], target: tvm.target.Target) -> tuple[bytes, str]:
-    lowered = lowering_passes()(tirx.transform.BindTarget(target)(tvm.IRModule(functions)))
-    code = tvm.get_global_func("target.build.llvm")(lowered, target)
+def object_code(functions: dict[tvm.ir.GlobalVar, tirx.PrimFunc], target: Target) -> tuple[bytes, str]:
+    """Object code and assembly text of functions."""
+    llvm = llvm_target(target)
+    lowered = lowering_passes()(tirx.transform.BindTarget(llvm)(tvm.IRModule(functions)))
+    code = tvm.get_global_func("target.build.llvm")(lowered, llvm)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.o"
         code.write_to_file(str(path), "o")

@@ -1,14 +1,14 @@
 """The register-blocked tiles of integer codes for ARM's NEON, and the layouts they read.
 
-Rows of activations' codes are int8 as they are, one row after the other: a product takes four input features of one
-row from a lane of a register, and four columns by four features of the weight from another (``sdot``). Codes of fewer
-than 8 bits are shifted to the top of their byte, where they are signed, so that all products are a power of two too
-large; sums stay exact in int32, and so does a sum times its group's integer scale. The power of two is in the columns'
-scales.
+How products take the codes of activations, int8, and of weights from registers is in ``neon_products``. Codes of fewer than 8 bits are shifted to the top of their byte, where they are signed, so that all
+products are a power of two too large; sums stay exact in int32, and so does a sum times its group's integer scale. The
+power of two is in the columns' scales.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,23 +19,20 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, planes
 from planish.backends.tvm.microkernel import prefetch
+from planish.backends.tvm.neon_products import LANES, Products
 from planish.formats import LARGEST_CODE, WeightFormat
 
-LANES = 4
-"""Columns of a vector."""
-
 QUADS = UNIT // 4
-"""Steps of a unit: ``sdot`` adds up four products."""
+"""Registers of a vector's codes in a unit: they have 16 codes of the 128 each."""
 
-HALF = UNIT // 2
-"""Activations' codes in a register."""
+STAGE = 2
+"""Registers of codes whose operands are read together."""
 
-TILES = {8: 1, 4: 2, 2: 4, 1: 4}
-"""Rows of a tile to its vectors of columns, at most: with more, sums and products do not fit 32 registers."""
+FEWEST_EARLY = 4
+"""Rows from which operands are read early: with fewer, registers of codes are not multiplied for long enough."""
 
 AHEAD = 1024
-"""Bytes of codes that a tile of eight rows fetches ahead. What counts is that LLVM moves no loads across: it would have
-all rows of a unit in registers at once, and spill sums."""
+"""Bytes of codes that are fetched ahead."""
 
 
 def shift(form: WeightFormat) -> int:
@@ -50,55 +47,60 @@ def units_of_block(form: WeightFormat) -> int:
     return 1 << (most.bit_length() - 1)
 
 
-def packed_codes(codes: torch.Tensor, form: WeightFormat) -> torch.Tensor:
-    """Codes uint8 [N, K] as vectors of four columns, each [unit][plane][register][column][4], filled up with zeros.
+def packed_codes(codes: torch.Tensor, form: WeightFormat, columns: int) -> torch.Tensor:
+    """Codes uint8 [N, K] as panels of ``WIDTH`` columns, each [unit][vector][plane][register], filled up with zeros.
 
-    A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, each with ``8 / b`` times four input features of
-    every column, the first four in the lowest bits. Codes are two's complement: what they stand for, in steps.
+    A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, whose bytes hold ``8 / b`` codes each, the first in
+    the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two ``columns``,
+    then of the vector's other two. They are two's complement: what they stand for, in steps.
     """
     n, depth = codes.shape
     middle = 1 << (form.bits - 1)
     codes = torch.nn.functional.pad(codes, (0, -depth % UNIT, 0, -n % WIDTH), value=middle)
     signed = ((codes.to(torch.int16) - middle) & ((1 << form.bits) - 1)).to(torch.uint8)
-    quads = signed.view(-1, LANES, codes.shape[1] // UNIT, QUADS, 4).permute(0, 2, 3, 1, 4)
+    features = 16 // columns
+    shape = (-1, WIDTH // LANES, LANES // columns, columns, codes.shape[1] // UNIT, UNIT // features, features)
+    registers = signed.view(shape).permute(0, 4, 1, 5, 2, 3, 6).reshape(-1, QUADS, columns, features)
     parts, low = list[torch.Tensor](), 0
     for bits in planes(form.bits):
         each = 8 // bits
-        pieces = ((quads >> low) & ((1 << bits) - 1)).unflatten(2, (QUADS // each, each))
+        pieces = ((registers >> low) & ((1 << bits) - 1)).unflatten(1, (QUADS // each, each))
         places = torch.arange(0, 8, bits, dtype=torch.uint8).view(each, 1, 1)
-        parts.append((pieces << places).sum(3, dtype=torch.uint8))
+        parts.append((pieces << places).sum(2, dtype=torch.uint8))
         low += bits
-    return torch.cat(parts, 2).reshape(-1)
+    return torch.cat(parts, 1).reshape(-1)
 
 
 def build_neon_tile(
-    symbol: str, form: WeightFormat, rows: int, columns: int, *, biased: bool, long: bool
+    symbol: str, form: WeightFormat, products: Products, rows: int, columns: int, *, biased: bool, long: bool
 ) -> tirx.PrimFunc:
     """C[rows, columns] = scale_row times (scaled sums of products of codes) + bias.
 
     Parameters: codes of A, of B, with groups their steps (int16), scales of the columns and of the rows, C, with
-    ``biased`` the bias; then the elements between rows of A and of C, and the units of B.
+    ``biased`` the bias; then the elements between rows of C, and the units of B. Rows of A lie in turn, see ``neon_products``.
 
     Args:
         symbol: C name.
         form: of B, symmetric, with groups or 8 bits.
-        rows: of the tile, in ``TILES``.
+        products: how codes are multiplied.
+        rows: of the tile, in ``products.tiles``.
         columns: at most four for each of its vectors.
         biased: whether there is a bias.
         long: whether B has more units than ``units_of_block``.
     """
     pointers = ["int8", "uint8", *(["int16"] if form.group else []), "float32", "float32", "float32"]
     with function(symbol) as f:
-        given, (lda, ldc, units) = f.parameters([*pointers, *(["float32"] if biased else [])], 3, align=4)
+        given, (ldc, units) = f.parameters([*pointers, *(["float32"] if biased else [])], 2, align=4)
         bias = given.pop() if biased else None
         *steps, of_columns, row_scales, c = given[2:]
         vectors = -(-columns // LANES)
-        tile = _Tile(form, rows, vectors, given[0], lda, given[1], steps[0] if steps else None, units)
+        tile = _Tile(form, products, rows, vectors, given[0], given[1], steps[0] if steps else None, units)
         exact = tile.long_sums(of_columns) if long else tile.sums(i32(0), units)
         for i in range(rows):
             scale = T.bind(T.broadcast(row_scales[i], LANES))
             for v in range(vectors):
-                value = exact[i][v][_WHOLE]
+                cell, within = divmod(i, products.rows)
+                value = products.of_row([_whole(register) for register in exact[cell][v]], within)
                 if not long:
                     value = T.cast(value, "float32x4") * of_columns[lanes_at(v * LANES, LANES)]
                 total = T.alloc_buffer((LANES,), "float32")
@@ -113,104 +115,149 @@ def build_neon_tile(
 
 _WHOLE = T.ramp(0, 1, LANES)
 
+Cells = list[list[list[Any]]]
+"""Registers of the cells of a tile, by rows, then by vectors of columns."""
+
 
 @dataclass(frozen=True)
 class _Tile:
     """Code of a tile's sums."""
 
     form: WeightFormat
+    products: Products
     rows: int
     vectors: int
     a: Any
-    lda: Expr
     b: Any
     steps: Any
     units: Expr
 
-    def long_sums(self, columns: Any) -> list[list[Any]]:
+    def long_sums(self, columns: Any) -> Cells:
         """Of all units, times the columns' scales, fp32: block by block."""
-        total, per_block = self._registers("float32"), units_of_block(self.form)
-        self._clear(total)
+        total, per_block = self._cells("float32", self.products.sums), units_of_block(self.form)
         with T.serial(0, T.floordiv(self.units + (per_block - 1), per_block)) as block:
             first = T.bind(block * per_block)
             exact = self.sums(first, T.bind(T.min(first + per_block, self.units)))
             for v in range(self.vectors):
-                column = T.bind(columns[lanes_at(v * LANES, LANES)])
-                for of_row, registers in zip(exact, total, strict=True):
-                    value = registers[v][_WHOLE] + T.cast(of_row[v][_WHOLE], "float32x4") * column
-                    T.buffer_store(registers[v], value, [_WHOLE])
+                column = self.products.steps(T.bind(columns[lanes_at(v * LANES, LANES)]))
+                for of_cell, cell in zip(exact, total, strict=True):
+                    for part, register, numbers in zip(of_cell[v], cell[v], column, strict=True):
+                        value = _whole(register) + T.cast(_whole(part), "float32x4") * numbers
+                        T.buffer_store(register, value, [_WHOLE])
         return total
 
-    def sums(self, first: Expr, last: Expr) -> list[list[Any]]:
+    def sums(self, first: Expr, last: Expr) -> Cells:
         """Of some units, times the groups' steps, in int32."""
-        total = self._registers("int32")
-        self._clear(total)
         if self.steps is None:
+            parts = self._cells("int32", self.products.parts)
             with T.serial(first, last) as unit:
-                self._unit(unit, total)
-            return total
+                self._unit(unit, parts)
+            return [[self._stored(self._whole(cell)) for cell in row] for row in parts]
+        total = self._cells("int32", self.products.sums)
         per_group = self.form.group // UNIT  # pyright: ignore
         begin, end = T.floordiv(first, per_group), T.floordiv(last + (per_group - 1), per_group)
         with T.serial(begin, end) as group:
-            part = self._registers("int32")
-            self._clear(part)
+            parts = self._cells("int32", self.products.parts)
             if per_group == 1:
-                self._unit(group, part)
+                self._unit(group, parts)
             else:
                 start = T.bind(group * per_group)
                 with T.serial(start, T.bind(T.min(start + per_group, last))) as unit:
-                    self._unit(unit, part)
+                    self._unit(unit, parts)
             for v in range(self.vectors):
                 place = lanes_at(group * WIDTH + v * LANES, LANES)
-                step = T.bind(T.cast(self.steps[place], "int32x4"))
-                for of_row, registers in zip(part, total, strict=True):
-                    T.buffer_store(registers[v], registers[v][_WHOLE] + of_row[v][_WHOLE] * step, [_WHOLE])
+                steps = self.products.steps(T.bind(T.cast(self.steps[place], "int32x4")))
+                for of_cell, cell in zip(parts, total, strict=True):
+                    for part, register, step in zip(self._whole(of_cell[v]), cell[v], steps, strict=True):
+                        T.buffer_store(register, _whole(register) + part * step, [_WHOLE])
         return total
 
-    def _registers(self, dtype: str) -> list[list[Any]]:
-        return [[T.alloc_buffer((LANES,), dtype) for _ in range(self.vectors)] for _ in range(self.rows)]
+    def _whole(self, cell: list[Any]) -> list[Expr]:
+        return self.products.whole([_whole(register) for register in cell])
 
-    def _clear(self, registers: list[list[Any]]) -> None:
-        for register in (r for row in registers for r in row):
-            zero = f32(0.0) if "float" in str(register.dtype) else i32(0)
+    def _stored(self, values: list[Expr]) -> list[Any]:
+        registers = [T.alloc_buffer((LANES,), "int32") for _ in values]
+        for register, value in zip(registers, values, strict=True):
+            T.buffer_store(register, value, [_WHOLE])
+        return registers
+
+    def _cells(self, dtype: str, count: int) -> Cells:
+        """Registers of zeros, ``count`` for each cell."""
+        cells = range(-(-self.rows // self.products.rows))
+        found = [[[T.alloc_buffer((LANES,), dtype) for _ in range(count)] for _ in range(self.vectors)] for _ in cells]
+        zero = f32(0.0) if dtype == "float32" else i32(0)
+        for register in (r for row in found for cell in row for r in cell):
             T.buffer_store(register, T.broadcast(zero, LANES), [_WHOLE])
+        return found
 
-    def _unit(self, unit: Expr, sums: list[list[Any]]) -> None:
-        """32 input features of all rows and columns."""
+    def _unit(self, unit: Expr, parts: Cells) -> None:
+        """32 input features of all rows and columns.
+
+        Tiles of many rows read what two registers of codes need while the two before are multiplied, and a prefetch
+        stands in between, across which LLVM moves no loads: it would have them just before their use, where an in-order
+        processor waits.
+        """
         size = UNIT * LANES * self.form.bits // 8
-        bases = [T.bind((v * self.units + unit) * size) for v in range(self.vectors)]
-        for half in range(2):
-            if self.rows == max(TILES):
-                prefetch(T.address_of(self.b[bases[0] + half * size // 2 + AHEAD]), level=1)
-            a = [
-                T.bind(T.reinterpret("int32x4", self.a[lanes_at(i * self.lda + unit * UNIT + half * HALF, HALF)]))
-                for i in range(self.rows)
-            ]
-            for quad in range(QUADS // 2):
-                for v, base in enumerate(bases):
-                    w = T.bind(self._codes(base, half * QUADS // 2 + quad))
-                    for i in range(self.rows):
-                        four = T.reinterpret("int8x16", T.Shuffle([a[i]], [i32(quad)] * LANES))
-                        T.buffer_store(sums[i][v], _dot(sums[i][v][_WHOLE], w, four), [_WHOLE])
+        first = T.bind(unit * (WIDTH // LANES * size))
+        rows, codes = T.bind(unit * (UNIT * self.rows)), dict[tuple[int, int], Expr]()
+        operands, pending = dict[int, Expr](), defaultdict[tuple[int, int], dict[int, Any]](dict)
 
-    def _codes(self, base: Expr, quad: int) -> Expr:
-        """Codes of four input features of four columns, at the top of their bytes, from their bit planes."""
-        first, place_to, code = 0, shift(self.form), None
+        def load(register: int) -> Expr:
+            if register not in operands:
+                operands[register] = T.bind(T.reinterpret("int32x4", self.a[lanes_at(rows + register * 16, 16)]))
+            return operands[register]
+
+        def load_codes(v: int, register: int) -> Expr:
+            if (v, register) not in codes:
+                codes[v, register] = T.bind(self.b[lanes_at(first + v * size + register * 16, 16)])
+            return codes[v, register]
+
+        def operand(register: int, cell: int) -> Expr:
+            return self.products.operand(load, register * self.products.columns // LANES, cell, self.rows)
+
+        def load_ahead(start: int) -> None:
+            for register in range(start, start + STAGE):
+                for v, place in itertools.product(range(self.vectors), self._places(register)):
+                    load_codes(v, place[0])
+                for cell in range(len(parts)):
+                    operand(register, cell)
+
+        early = self.rows >= FEWEST_EARLY
+        if early:
+            load_ahead(0)
+        for register, v in itertools.product(range(QUADS), range(self.vectors)):
+            if early and v == self.vectors - 1 and register % STAGE == STAGE - 1 and register < QUADS - 1:
+                prefetch(T.address_of(self.b[first + register * 16 + AHEAD]), level=1)
+                load_ahead(register + 1)
+            pieces = [(load_codes(v, at), *rest) for at, *rest in self._places(register)]
+            w = T.bind(self._codes(pieces))
+            for cell, of_cell in enumerate(parts):
+                self.products.add(of_cell[v], w, operand(register, cell), register, pending[cell, v])
+
+    def _places(self, register: int) -> list[tuple[int, int, int]]:
+        """Where the bits of a register's codes are: for each plane its register, the lowest bit there, and its width."""
+        found, first = list[tuple[int, int, int]](), 0
         for bits in planes(self.form.bits):
-            register, place = divmod(quad * bits, 8)
-            piece = T.bind(self.b[lanes_at(base + (first + register) * 16, 16)])
-            if place_to > place:
-                piece = T.shift_left(piece, T.broadcast(tirx.const(place_to - place, "uint8"), 16))
-            elif place_to < place:
-                piece = T.shift_right(piece, T.broadcast(tirx.const(place - place_to, "uint8"), 16))
-            if bits < 8 and not (place == 0 and place_to + bits == 8):  # else the shift leaves nothing else
-                mask = tirx.const(((1 << bits) - 1) << place_to, "uint8")
+            at, low = divmod(register * bits, 8)
+            found.append((first + at, low, bits))
+            first += bits
+        return found
+
+    def _codes(self, pieces: list[tuple[Expr, int, int]]) -> Expr:
+        """Codes at the top of their bytes, from their bit planes: each with the lowest bit and the width."""
+        to, code = shift(self.form), None
+        for piece, low, bits in pieces:
+            if to > low:
+                piece = T.shift_left(piece, T.broadcast(tirx.const(to - low, "uint8"), 16))
+            elif to < low:
+                piece = T.shift_right(piece, T.broadcast(tirx.const(low - to, "uint8"), 16))
+            if bits < 8 and not (low == 0 and to + bits == 8):  # else the shift leaves nothing else
+                mask = tirx.const(((1 << bits) - 1) << to, "uint8")
                 piece = T.bitwise_and(piece, T.broadcast(mask, 16))
             code = piece if code is None else T.bitwise_or(code, piece)
-            first, place_to = first + bits, place_to + bits
+            to += bits
         return T.reinterpret("int8x16", code)
 
 
-def _dot(total: Expr, w: Expr, x: Expr) -> Expr:
-    """Four products of bytes added to each int32."""
-    return T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.sdot.v4i32.v16i8", total, w, x)
+def _whole(register: Any) -> Expr:
+    return register[_WHOLE]

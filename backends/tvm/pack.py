@@ -95,7 +95,9 @@ LAYOUTS |= {name: lambda t, _, __, form=form: packed_codes(t, form) for name, fo
 LAYOUTS |= {name: lambda t, s, _, __, form=form: packed_offsets(t, s, form) for name, form in OFFSETS.items()}
 NEON_CODES = {f"neon codes {form.name}": form for form in FORMATS}
 NEON_COLUMNS = {f"neon columns {form.name}": form for form in FORMATS}
-LAYOUTS |= {name: lambda t, _, __, form=form: neon_tile.packed_codes(t, form) for name, form in NEON_CODES.items()}
+LAYOUTS |= {
+    name: lambda t, columns, _, form=form: neon_tile.packed_codes(t, form, columns) for name, form in NEON_CODES.items()
+}
 LAYOUTS |= {
     name: lambda t, _, __, form=form: packed_numbers(t.view(-1) / (1 << neon_tile.shift(form)))
     for name, form in NEON_COLUMNS.items()

@@ -10,7 +10,8 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, i32
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_size
 from planish.backends.tvm.kernel import Packed
-from planish.backends.tvm.neon_tile import LANES, TILES, build_neon_tile, units_of_block
+from planish.backends.tvm.neon_products import LANES, products_of
+from planish.backends.tvm.neon_tile import build_neon_tile, units_of_block
 from planish.backends.tvm.quantized import IntegerTiles
 from planish.backends.tvm.stage import Block, Stage, StageCode, choose_rows
 from planish.formats import Format
@@ -26,20 +27,21 @@ def neon_reason(node: fx.Node) -> str | None:
 
 
 class NeonTiles(IntegerTiles):
-    """Products by ``sdot``."""
+    """Products of bytes."""
 
     width, unit, code_dtype = WIDTH, UNIT, "int8"
-    rows = max(TILES)
 
     def __init__(self, target: Target, stage: Stage) -> None:
         super().__init__(target, stage)
+        self.products = products_of(target)
+        self.rows = max(self.products.tiles)
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
 
     def packed(self) -> list[tuple[Packed, str]]:
         """Codes, steps of groups, scales of columns."""
         weight = self.form.weight
         codes, scales, _, channels = self.node.args[1:5]
-        packed = [(Packed(codes, f"neon codes {weight.name}", 0), "uint8")]  # pyright: ignore
+        packed = [(Packed(codes, f"neon codes {weight.name}", self.products.columns), "uint8")]  # pyright: ignore
         packed += [(Packed(scales, "neon steps", 0), "int16")] if weight.group else []  # pyright: ignore
         return [*packed, (Packed(channels or scales, f"neon columns {weight.name}", 0), "float32")]  # pyright: ignore
 
@@ -55,9 +57,9 @@ class NeonTiles(IntegerTiles):
 
         def call(count: int) -> None:
             done = 0
-            for rows in TILES:
+            for rows, vectors in self.products.tiles.items():
                 while count - done >= rows:
-                    for column in range(0, block.columns, TILES[rows] * LANES):
+                    for column in range(0, block.columns, vectors * LANES):
                         self._call(code, block, T.bind(row + done), rows, column)
                     done += rows
 
@@ -67,7 +69,7 @@ class NeonTiles(IntegerTiles):
         """A tile whose first column is the block's ``column``-th."""
         codes, scales, *_ = code.scratch
         form, bias, place = self.form.weight, code.stage.bias, code.place
-        columns, at = min(TILES[rows] * LANES, block.columns - column), T.bind(row - code.first)
+        columns, at = min(self.products.tiles[rows] * LANES, block.columns - column), T.bind(row - code.first)
         panels, *steps, of_columns = code.constants[: self.numbers]
         first = T.bind(block.column + column)
         operands = [T.address_of(codes[at * self.depth])]
@@ -78,6 +80,6 @@ class NeonTiles(IntegerTiles):
         operands += [T.address_of(code.k.ev.sources[bias].buffer[first])] if bias is not None else []
         kind = {"biased": bias is not None, "long": self.units > units_of_block(form)}
         words = [word for word, wanted in kind.items() if wanted]
-        name = "_".join(["planish_tile", form.name.replace("-", "_"), f"{rows}x{columns}", *words])
-        symbol = code.k.module.tile(name, lambda: build_neon_tile(name, form, rows, columns, **kind))
+        name = "_".join(["planish_tile", self.products.name, form.name.replace("-", "_"), f"{rows}x{columns}", *words])
+        symbol = code.k.module.tile(name, lambda: build_neon_tile(name, form, self.products, rows, columns, **kind))
         T.evaluate(T.call_extern("int32", symbol, *operands, i32(self.depth), place.stride, i32(self.units)))

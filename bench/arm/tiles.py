@@ -1,0 +1,148 @@
+"""Tiles of integer codes for ARM: instructions for each product, modelled products a cycle, bytes, spills."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+
+from planish.backends.bundle import toolchain
+from planish.backends.tvm.codegen import object_code
+from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_numbers
+from planish.backends.tvm.neon_products import LANES, products_of
+from planish.backends.tvm.neon_tile import build_neon_tile, packed_codes, shift
+from planish.bench.arm.emulator import Emulator
+from planish.bench.arm.modelled import share_of_cycles
+from planish.formats import Format, quantise
+from planish.targets import ARM_LEVELS, Target
+
+COLUMNS, DEPTH = 64, 1024
+"""N and K of the layer that tiles are measured on."""
+
+
+@dataclass(frozen=True)
+class TileRow:
+    """A tile of some rows, called for all columns of a layer.
+
+    Attributes:
+        name: its format, or what else it is.
+        level: instructions that it may use.
+        M: rows.
+        group: input features that share a scale; 0 where all of a column do.
+        instr_per_mac: executed instructions for each product.
+        macs_per_cycle: products a cycle by LLVM's model of a processor, of the code that is tuned for it.
+        bytes: of its code.
+        spills: loads and stores of vector registers on the stack in it.
+        rel_err: distance of its results from exact ones, as a part of their length.
+    """
+
+    name: str
+    level: str
+    M: int
+    group: int
+    instr_per_mac: float
+    macs_per_cycle: dict[str, float]
+    bytes: int
+    spills: int
+    rel_err: float
+
+
+def measure_tile(form: str, level: str, rows: int, cpus: Sequence[str], folder: Path) -> TileRow:
+    """A tile's row; its code is built anew for each of the processors, the first of which gives the other figures.
+
+    Raises:
+        ToolchainError: a tool is missing, or the code failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weight = Format.parse(form).weight
+    found = list[_Built]()
+    for cpu in cpus:
+        target = Target.parse(f"{ARM_LEVELS[level].target}:{cpu}")
+        found.append(_build(form, target, rows, folder))
+    first = found[0]
+    cycles = {cpu: round(built.macs_per_cycle, 2) for cpu, built in zip(cpus, found, strict=True)}
+    return TileRow(
+        form,
+        level,
+        rows,
+        weight.group or 0,
+        round(first.instructions / (rows * COLUMNS * DEPTH), 4),
+        cycles,
+        first.nbytes,
+        first.spills,
+        max(b.error for b in found),
+    )
+
+
+@dataclass(frozen=True)
+class _Built:
+    instructions: int
+    macs_per_cycle: float
+    nbytes: int
+    spills: int
+    error: float
+
+
+def _build(form: str, target: Target, rows: int, folder: Path) -> _Built:
+    weight, products = Format.parse(form).weight, products_of(target)
+    level, columns = ARM_LEVELS[target.isa], min(products.tiles[rows] * LANES, COLUMNS)
+    symbol = f"planish_tile_{rows}"
+    tile = build_neon_tile(symbol, weight, products, rows, columns, biased=False, long=False)
+    code, assembly = object_code({_global(symbol): tile}, target)
+    (folder / "tile.o").write_bytes(code)
+    want = _write_data(form, products.columns, rows, folder)
+    facts = {
+        "symbol": symbol, "grouped": bool(weight.group), "rows": rows, "n": COLUMNS, "columns": columns, "width": WIDTH,
+        "bytes_per_column": DEPTH * weight.bits // 8, "bytes_of_unit": UNIT * weight.bits // 8, "groups": weight.groups(DEPTH), "depth": DEPTH,
+        "units": DEPTH // UNIT,
+    }  # fmt: skip
+    template = Path(__file__).with_name("tile.c.j2").read_text()
+    (folder / "main.c").write_text(jinja2.Template(template, undefined=jinja2.StrictUndefined).render(facts))
+    cc, tools = toolchain.compiler(level)
+    toolchain.call([cc, "-O2", "-static", "main.c", "tile.o", "-o", "program"], folder)
+    emulator, program = Emulator(folder, level), folder / "program"
+    instructions = emulator.counts(program, symbol).total
+    cycles = share_of_cycles(emulator, program, symbol, [target.mcpu])[target.mcpu]
+    got = torch.from_numpy(np.fromfile(folder / "c.bin", np.float32)).view(rows, COLUMNS).double()
+    nbytes = int(toolchain.call([f"{tools}size", "tile.o"], folder).splitlines()[1].split()[0])
+    error = ((got - want).norm() / want.norm()).item()
+    return _Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(assembly), error)
+
+
+def spills(assembly: str) -> int:
+    """Loads and stores of vector registers on the stack, but for saving the caller's (d8 to d15)."""
+    return len(re.findall(r"^\s*(?:ldr|str|ldp|stp)\s+q.*\[sp", assembly, re.MULTILINE)) + len(
+        re.findall(r"^\s*v(?:ld1|st1)\.64\s+\{d\d+, d\d+\}, \[(?:sp|r\d+):128\].*(?:spill|reload)", assembly, re.MULTILINE | re.IGNORECASE)
+    )
+
+
+def _global(symbol: str) -> Any:
+    import tvm
+
+    return tvm.ir.GlobalVar(symbol)
+
+
+def _write_data(form: str, columns: int, rows: int, folder: Path) -> torch.Tensor:
+    """Operands as files; returns the exact result, fp64 [rows, COLUMNS]."""
+    weight = Format.parse(form).weight
+    generator = torch.Generator().manual_seed(rows)
+    a = torch.randint(-127, 128, (rows, DEPTH), dtype=torch.int8, generator=generator)
+    scales_of_rows = torch.rand(rows, generator=generator) / 127
+    held = quantise(torch.randn(COLUMNS, DEPTH, generator=generator), weight)
+    channels = held.channels if held.channels is not None else held.scales
+    of_columns = channels.view(-1) / (1 << shift(weight))
+    in_turn = a.view(rows, -1, 16 // columns).transpose(0, 1)
+    parts = {"a": in_turn, "b": packed_codes(held.codes, weight, columns), "rows": scales_of_rows}
+    parts |= {"columns": packed_numbers(of_columns)}
+    parts |= {"steps": packed_numbers(held.scales.short())} if weight.group else {}
+    for name, part in parts.items():
+        part.contiguous().numpy().tofile(folder / f"{name}.bin")
+    steps = held.scales.double().repeat_interleave(weight.group, 1)[:, :DEPTH] if weight.group else 1.0
+    exact = (held.codes.double() - (1 << (weight.bits - 1))) * steps
+    return a.double() @ exact.T * scales_of_rows.double()[:, None] * channels.double().view(-1)
