@@ -190,12 +190,15 @@ class ArmLevel:
 
 
 _LINUX = "aarch64-linux-gnu"
-_NO_SVE = ("-sve", "-sve2")  # a level promises none, also where its processors have it
+_NO_SVE = ("-sve", "-sve2")
+"""Levels promise none, also where the processor that code is tuned for has it."""
+
+_NEON = ("+neon", "+vfp4")
 _LEVELS = (
     ArmLevel("armv8-dotprod", "ARMv8.2 with dot products", "arm", _LINUX, "cortex-a76", ("+dotprod", *_NO_SVE), 32, 1),
     ArmLevel("armv8", "any 64-bit ARM", "armv8", _LINUX, "cortex-a53", ("-dotprod", *_NO_SVE), 32, 0),
-    ArmLevel("armv8-i8mm", "ARMv8.6 with matrix products", "armv8-i8mm", _LINUX, "neoverse-n2", ("+i8mm", *_NO_SVE), 32, 2),
-    ArmLevel("armv7", "32-bit ARM with NEON", "armv7", "armv7a-linux-gnueabihf", "cortex-a7", ("+neon", "+vfp4"), 16, 0),
+    ArmLevel("armv8-i8mm", "ARMv8.6, matrix products", "armv8-i8mm", _LINUX, "neoverse-n2", ("+i8mm", *_NO_SVE), 32, 2),
+    ArmLevel("armv7", "32-bit ARM with NEON", "armv7", "armv7a-linux-gnueabihf", "cortex-a7", _NEON, 16, 0),
 )
 ARM_LEVELS = {level.isa: level for level in _LEVELS}
 

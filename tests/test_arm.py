@@ -7,18 +7,20 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import planish
 from planish.backends.bundle import toolchain
+from planish.backends.bundle.check import check_bundle
 from planish.backends.bundle.sizes import in_c
-from planish.errors import InputError, TargetError, UnknownNameError, UnsupportedOpsError
+from planish.errors import InputError, TargetError, ToolchainError, UnknownNameError, UnsupportedOpsError
 from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
 from planish.program import dim_symbol
-from planish.targets import TARGETS, Target
+from planish.targets import ARM_LEVELS, Target
 
 pytestmark = pytest.mark.needs_arm
 
@@ -39,8 +41,11 @@ def compiled(target: str, **options: Any) -> planish.CompiledModel:
     return planish.compile(perceptron(), (data(13),), target=target, dynamic=DYNAMIC, **options)
 
 
+LEVEL = ARM_LEVELS["armv8-dotprod"]
+
+
 def check(folder: Path, *words: str, cpu: str = "cortex-a76") -> subprocess.CompletedProcess[str]:
-    command = [*toolchain.emulator(TARGETS["arm"]), "-cpu", cpu, "./model_check", *words]
+    command = [*toolchain.emulator(LEVEL), "-cpu", cpu, "./model_check", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=120)
 
 
@@ -49,16 +54,35 @@ def off_by(text: str) -> list[float]:
     return [float(line.split("off by ")[1].split()[0]) for line in text.splitlines() if "off by" in line]
 
 
-@pytest.mark.parametrize("target", ["arm", "arm-int8", "arm-int4", "arm-int2"])
-def test_a_bundle_computes_what_the_graph_does(target: str, tmp_path: Path) -> None:
-    compiled(target).save(tmp_path)
-    done = check(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("passed\n")
-    assert off_by(done.stdout)[0] < 1e-6
+@pytest.mark.parametrize("target", ["arm", "arm-int8", "arm-int4", "arm-int2", "arm-int4:cortex-a55"])
+def test_a_bundle_computes_what_the_host_does(target: str, tmp_path: Path) -> None:
+    call = compiled(target)
+    call.save(tmp_path)
+    found = check_bundle(tmp_path)
+    assert found.passed, found.text
+    assert list(found.off) == ["softmax"]
+    x = call._compiled.executable.program.example  # pyright: ignore
+    golden = torch.from_numpy(np.fromfile(tmp_path / "golden" / "out0.bin", np.float32)).view(13, 33)
+    assert (golden - call(*x)).norm() < (1e-5 if target == "arm" else 0.02) * golden.norm()
     facts = json.loads((tmp_path / "manifest.json").read_text())
     assert facts["dims"] == {"rows": [1, 64]}
     assert facts["weights"]["bytes"] == (tmp_path / "weights.bin").stat().st_size
+
+
+@pytest.mark.parametrize("level", ["armv8", "armv8-i8mm", "armv7"])
+@pytest.mark.parametrize("form", ["", "-int8", "-int4"])
+def test_every_level_on_a_processor_that_has_no_more(level: str, form: str) -> None:
+    found = compiled(level + form).check()
+    assert found.passed, found.text
+    assert "level" not in found.text
+
+
+def test_code_of_a_level_traps_on_lesser_processors(tmp_path: Path) -> None:
+    """The library says so before: the check has it skip that."""
+    compiled("armv8-i8mm-int4").save(tmp_path)
+    source = tmp_path / "model.c"
+    assert "this processor lacks an instruction set of the code: armv8-i8mm" in check(tmp_path).stderr
+    assert "& (have2 >> 13) &" in source.read_text()
 
 
 FORMS = ["w8a8", *(f"w{bits}a8{group}" for bits in (6, 5, 4, 3, 2) for group in ("-g32", "-g128", ""))]
@@ -79,19 +103,25 @@ class Layers(nn.Module):
         return tuple(layer(x) for layer, x in zip(self.layers, (a, b, c), strict=True))
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_format_and_tile(form: str, tmp_path: Path) -> None:
+LEVELS = [("arm", form) for form in FORMS]
+LEVELS += [(level, form) for level in ("armv8", "armv8-i8mm", "armv7") for form in ("w8a8", "w4a8-g32", "w3a8")]
+
+
+@pytest.mark.parametrize(("level", "form"), LEVELS)
+def test_every_format_and_tile(level: str, form: str, tmp_path: Path) -> None:
     """With a row and a column whose products are largest."""
     model, inputs = Layers().eval().requires_grad_(False), [data(*size) for size in Layers.sizes]
     for layer, x in zip(model.layers, inputs, strict=True):
         layer.weight[3] = 1.0
         x[0] = 1.0
     passes = default_pipeline(QuantizeUniform(form, head=form))
-    planish.compile(model, tuple(inputs), target="arm", passes=passes).save(tmp_path)
-    done = check(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert max(off_by(done.stdout)) < 1e-6
-    assert len(off_by(done.stdout)) == 3
+    planish.compile(model, tuple(inputs), target=level, passes=passes).save(tmp_path)
+    found = check_bundle(tmp_path)
+    assert found.passed, found.text
+    assert len(found.off) == 3
+    for i, (layer, x) in enumerate(zip(model.layers, inputs, strict=True)):  # pyright: ignore
+        golden = torch.from_numpy(np.fromfile(tmp_path / "golden" / f"out{i}.bin", np.float32)).view(len(x), 37)
+        assert (golden - layer(x)).norm() < (2.0 if "w2" in form else 0.5) * layer(x).norm()
 
 
 def test_formats_without_a_kernel_are_refused() -> None:
@@ -106,7 +136,7 @@ def test_a_softmax_longer_than_the_caches(tmp_path: Path) -> None:
     planish.compile(nn.Softmax(-1).eval(), (x,), target="arm").save(tmp_path)
     done = check(tmp_path)
     assert done.returncode == 0, done.stderr
-    assert off_by(done.stdout)[0] < 1e-5
+    assert off_by(done.stdout)[0] < 1e-6
 
 
 def test_sizes_are_those_of_the_plan(tmp_path: Path) -> None:
@@ -159,11 +189,18 @@ def test_two_models_in_a_program(tmp_path: Path) -> None:
     for name, target in (("one", "arm-int4"), ("two", "arm")):
         compiled(target).save(tmp_path / name, prefix=name)
     (tmp_path / "main.c").write_text(MAIN)
-    cc, tools = toolchain.compiler(TARGETS["arm"])
-    libraries = ["one/libone.a", "two/libtwo.a"]
-    toolchain.call([cc, "-Ione", "-Itwo", "main.c", *libraries, "-o", "main", "-lm", "-pthread"], tmp_path)
-    text = toolchain.call([*toolchain.emulator(TARGETS["arm"]), "-cpu", "cortex-a76", "./main"], tmp_path)
+    cc, tools = toolchain.compiler(LEVEL)
+    threaded, single = ([f"one/libone{end}", f"two/libtwo{end}"] for end in ("", "_single"))
+    for libraries in ([f"{name}.a" for name in threaded], [f"{name}.a" for name in single]):
+        toolchain.call([cc, "-Ione", "-Itwo", "main.c", *libraries, "-o", "main", "-lm", "-pthread"], tmp_path)
+        text = toolchain.call([*toolchain.emulator(LEVEL), "-cpu", "cortex-a76", "./main"], tmp_path)
+        assert text == "1 3 0 5 9 0 1\n" * 2
+    shared = [f"./{name}.so" for name in threaded]
+    toolchain.call([cc, "-Ione", "-Itwo", "main.c", *shared, "-o", "main"], tmp_path)
+    text = toolchain.call([*toolchain.emulator(LEVEL), "-cpu", "cortex-a76", "./main"], tmp_path)
     assert text == "1 3 0 5 9 0 1\n" * 2
+    used = toolchain.call([f"{tools}nm", "-u", single[0] + ".so", "-D"], tmp_path)
+    assert "pthread" not in used
     exported = toolchain.call([f"{tools}nm", "-D", "--defined-only", "one/libone.so"], tmp_path)
     assert {line.split()[-1] for line in exported.splitlines()} == {
         f"one_{n}" for n in ("arena_bytes", "error", "init", "run", "set_threads")
@@ -189,3 +226,33 @@ def test_sizes_in_c() -> None:
 def test_arm_targets_parse_on_any_machine() -> None:
     assert Target.parse("arm-int4").is_arm
     assert Target.parse("arm-int4").lanes == 4
+
+
+def test_processors() -> None:
+    tuned = Target.parse("arm-int4:cortex-a55")
+    assert (tuned.name, tuned.mcpu, tuned.l2_bytes) == ("arm-int4", "cortex-a55", 128 << 10)
+    with pytest.raises(UnknownNameError, match=r"unknown processor 'cortex-a99'(.|\n)*neoverse-n1"):
+        Target.parse("arm-int4:cortex-a99")
+    with pytest.raises(TargetError, match="needs armv8-dotprod, which cortex-a53 does not have"):
+        Target.parse("arm:cortex-a53")
+    with pytest.raises(TargetError, match="only ARM targets can"):
+        Target.parse("cpu:cortex-a55")
+
+
+def test_bundles_are_checked_from_the_command_line(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from planish.cli import app
+
+    with pytest.raises(InputError, match="holds no bundle"):
+        check_bundle(tmp_path)
+    compiled("arm-int4").save(tmp_path)
+    words = ["bundle", "check", str(tmp_path)]
+    found = CliRunner().invoke(app, [*words, "--cpu", "neoverse-n1"])
+    assert found.exit_code == 0
+    assert "passed" in found.output
+    assert CliRunner().invoke(app, [*words, "--cpu", "cortex-a53"]).exit_code == 1
+    with pytest.raises(ToolchainError, match="no processor 'cortex-b1'"):
+        check_bundle(tmp_path, "cortex-b1")
+    with pytest.raises(UnknownNameError, match="unknown runner"):
+        compiled("arm").check("board")

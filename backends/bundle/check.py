@@ -60,7 +60,9 @@ def check_bundle(folder: Path, cpu: str | None = None) -> Check:
     if "unable to find CPU model" in done.stderr:
         raise ToolchainError(f"qemu has no processor {cpu!r}", fix=f"see {command[0]} -cpu help")
     off = {name: float(value) for name, value in re.findall(r"^(\S+): off by (\S+) of", done.stdout, re.MULTILINE)}
-    stopped = f"stopped by signal {-done.returncode}: is {cpu} of level {manifest.isa}?\n" if done.returncode < 0 else ""
+    stopped = (
+        f"stopped by signal {-done.returncode}: is {cpu} of level {manifest.isa}?\n" if done.returncode < 0 else ""
+    )
     return Check(done.returncode == 0, off, done.stdout + done.stderr + stopped)
 
 
@@ -74,7 +76,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
     except (OSError, msgspec.DecodeError) as error:
-        raise InputError(f"{folder} holds no bundle", why=str(error), fix="give a folder that save() has written") from error
+        raise InputError(
+            f"{folder} holds no bundle", why=str(error), fix="give a folder that save() has written"
+        ) from error
     if manifest.isa not in ARM_LEVELS or not (folder / f"{manifest.prefix}_check").is_file():
         raise InputError(f"the bundle in {folder} cannot be checked", why=f"it is for {manifest.isa}, or has no check")
     return manifest

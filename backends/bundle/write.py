@@ -49,6 +49,7 @@ HWCAP = {
 }
 """For each instruction-set level: C expression over the bits of HWCAP that says whether the processor has it."""
 
+
 @dataclass(frozen=True)
 class Golden:
     """Inputs, flat, with the sizes of the dims, and what the outputs are to be, but for a part of their length."""

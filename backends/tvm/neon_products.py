@@ -161,13 +161,11 @@ _PRODUCTS: dict[str, Products] = {
     "armv8-i8mm": MatrixProducts(),
     "armv8": LongProducts(
         "long",
-        {8: 1, 4: 1, 2: 2, 1: 4},
+        {4: 1, 2: 2, 1: 4},
         "llvm.aarch64.neon.smull.v8i16",
         "llvm.aarch64.neon.saddlp.v4i32.v8i16",
     ),
-    "armv7": LongProducts(
-        "long", {2: 1, 1: 2}, "llvm.arm.neon.vmulls.v8i16", "llvm.arm.neon.vpaddls.v4i32.v8i16"
-    ),
+    "armv7": LongProducts("long", {2: 1, 1: 2}, "llvm.arm.neon.vmulls.v8i16", "llvm.arm.neon.vpaddls.v4i32.v8i16"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -61,6 +62,10 @@ class IntegerTiles(Tiles):
     """How the codes of activations stand in memory."""
     code_offset: int = 0
     """What they are stored more by."""
+    together = 16
+    """Codes of a row that are stored together, at most."""
+    together_anywhere = 16
+    """The same from a feature on that is no multiple of them."""
     sum_factor: int | None = None
     """What the sums of their groups are multiplied by for the tiles; None where these need none."""
 
@@ -82,6 +87,11 @@ class IntegerTiles(Tiles):
     @abstractmethod
     def multiply_codes(self, code: StageCode, block: Block, row: Expr, left: Expr, opened: Any) -> None:
         """The products of a tile, without those of outliers."""
+
+    def place(self, code: StageCode, at: Expr) -> Callable[[Expr], Expr]:
+        """Where the features of row ``at`` of the chunk have their codes in scratch memory: one row after the other."""
+        first = T.bind(at * self.depth)
+        return lambda feature: first + feature
 
     @property
     def depth(self) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
+from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
-from planish.backends.tvm.builder import Expr, i32
+from planish.backends.tvm.builder import Expr, i32, keep
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_size
 from planish.backends.tvm.kernel import Packed
 from planish.backends.tvm.neon_products import LANES, products_of
@@ -29,7 +31,7 @@ def neon_reason(node: fx.Node) -> str | None:
 class NeonTiles(IntegerTiles):
     """Products of bytes."""
 
-    width, unit, code_dtype = WIDTH, UNIT, "int8"
+    width, unit, code_dtype, together, together_anywhere = WIDTH, UNIT, "int8", 4, 1
 
     def __init__(self, target: Target, stage: Stage) -> None:
         super().__init__(target, stage)
@@ -44,6 +46,22 @@ class NeonTiles(IntegerTiles):
         packed = [(Packed(codes, f"neon codes {weight.name}", self.products.columns), "uint8")]  # pyright: ignore
         packed += [(Packed(scales, "neon steps", 0), "int16")] if weight.group else []  # pyright: ignore
         return [*packed, (Packed(channels or scales, f"neon columns {weight.name}", 0), "float32")]  # pyright: ignore
+
+    def place(self, code: StageCode, at: Expr) -> Callable[[Expr], Expr]:
+        """In turn with those of the rows that are in the same tile, see ``neon_products``."""
+        features = self.products.features
+        start = T.bind(T.floordiv(at, self.rows) * self.rows)
+        left, own = T.bind(T.min(code.count - start, self.rows)), T.bind(at - start)
+        rows: Expr = i32(1)
+        for size in sorted(self.products.tiles):
+            begin = left - T.floormod(left, 2 * size)
+            within = tirx.And(T.bitwise_and(left, i32(size)) > 0, tirx.And(own >= begin, own < begin + size))
+            rows = tirx.Select(within, i32(size), rows)
+        rows = keep(rows)
+        begin = keep(left - T.floormod(left, 2 * rows))
+        first = keep((start + begin) * self.depth + (own - begin) * features)
+        step = keep(rows * features)
+        return lambda i: first + T.floordiv(i, features) * step + T.floormod(i, features)
 
     def open(self, code: StageCode, block: Block) -> Any:
         """Nothing: tiles unpack codes on the way."""
@@ -73,7 +91,7 @@ class NeonTiles(IntegerTiles):
         panels, *steps, of_columns = code.constants[: self.numbers]
         first = T.bind(block.column + column)
         operands = [T.address_of(codes[at * self.depth])]
-        operands += [T.address_of(panels[first * (self.depth * form.bits // 8)])]
+        operands += [T.address_of(panels[(block.column * self.depth + column * UNIT) * form.bits // 8])]
         operands += [T.address_of(s[block.column * self.groups + column]) for s in steps]
         operands += [T.address_of(of_columns[first]), T.address_of(scales[at])]
         operands += [T.address_of(place.buffer[place.row(row) + first])]
@@ -82,4 +100,4 @@ class NeonTiles(IntegerTiles):
         words = [word for word, wanted in kind.items() if wanted]
         name = "_".join(["planish_tile", self.products.name, form.name.replace("-", "_"), f"{rows}x{columns}", *words])
         symbol = code.k.module.tile(name, lambda: build_neon_tile(name, form, self.products, rows, columns, **kind))
-        T.evaluate(T.call_extern("int32", symbol, *operands, i32(self.depth), place.stride, i32(self.units)))
+        T.evaluate(T.call_extern("int32", symbol, *operands, place.stride, i32(self.units)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -46,20 +47,20 @@ class RowCodes(ABC):
     def emit(self, at: Expr) -> None:
         """Row ``at`` of the chunk."""
 
-    def _store(self, first: Expr, value: Expr, lanes: int) -> None:
-        """Store ``lanes`` codes, int32 or int8 in -127..127, from ``first`` on, as tiles read them."""
+    def _store(self, index: Expr, value: Expr, lanes: int) -> None:
+        """Store ``lanes`` codes, int32 or int8 in -127..127, from ``index`` on, as tiles read them."""
         dtype, offset = self.tiles.code_dtype, self.tiles.code_offset
         if offset:
             value = keep(T.cast(value, _vector("int32", lanes))) + splat(offset, lanes, "int32")
-        T.buffer_store(self.code.scratch[0], T.cast(keep(value), _vector(dtype, lanes)), [lanes_at(first, lanes)])
+        T.buffer_store(self.code.scratch[0], T.cast(keep(value), _vector(dtype, lanes)), [lanes_at(index, lanes)])
 
-    def _finish(self, first: Expr, at_row: Expr) -> None:
+    def _finish(self, place: Callable[[Expr], Expr], at_row: Expr) -> None:
         """Zeros up to whole units, and the sums."""
         tiles, form = self.tiles, self.tiles.form.weight
         padded, group = tiles.depth, form.group or tiles.depth
         codes, _, *sums = self.code.scratch
         with T.serial(self.code.stage.depth, padded) as at:
-            T.buffer_store(codes, tirx.const(0, tiles.code_dtype), [first + at])
+            T.buffer_store(codes, tirx.const(0, tiles.code_dtype), [place(at)])
         if tiles.sum_factor is None:
             return
         total, whole = T.alloc_buffer((LANES,), "int32"), T.ramp(0, 1, LANES)
@@ -67,7 +68,7 @@ class RowCodes(ABC):
             T.buffer_store(total, splat(0, LANES, "int32"), [whole])
             begin = T.bind(g * group)
             with T.serial(0, T.bind(T.floordiv(T.min(padded - begin, group), LANES))) as v:
-                part = T.cast(codes[lanes_at(first + begin + v * LANES, LANES)], f"int32x{LANES}")
+                part = T.cast(codes[lanes_at(place(begin + v * LANES), LANES)], f"int32x{LANES}")
                 T.buffer_store(total, total[whole] + part, [whole])
             of_group = horizontal(T.bind(total[whole]), LANES, lambda a, b: a + b)
             T.buffer_store(sums[0], of_group * tiles.sum_factor, [at_row * tiles.groups + g])
@@ -83,10 +84,10 @@ class _Copy(RowCodes):
     def emit(self, at: Expr) -> None:
         """Widen them."""
         source = self.code.source
-        start, first = T.bind(source.row(self.code.first + at)), T.bind(at * self.tiles.depth)
-        for i, n in for_vectors(self.code.stage.depth, 2 * LANES):
-            self._store(first + i, source.buffer[lanes_at(start + i, n)], n)
-        self._finish(first, at)
+        start, place = T.bind(source.row(self.code.first + at)), self.tiles.place(self.code, at)
+        for i, n in for_vectors(self.code.stage.depth, self.tiles.together):
+            self._store(place(i), source.buffer[lanes_at(start + i, n)], n)
+        self._finish(place, at)
         T.buffer_store(self.code.scratch[1], self.code.constants[-1][0], [at])
 
 
@@ -96,7 +97,7 @@ class _Gather(RowCodes):
     def emit(self, at: Expr) -> None:
         """A run of codes for each position of the window."""
         code, window = self.code, quantized_window(self.tiles.node)
-        first = T.bind(at * self.tiles.depth)
+        where = self.tiles.place(code, at)
         batch, channels, sizes = window.split(code.k.ev.shape(self.tiles.node.args[0]))
         _, _, spatial = window.split(code.k.ev.shape(self.tiles.node))
         n, *place = (T.bind(i + i32(0)) for i in unflatten_index((batch, *spatial), T.bind(code.first + at)))
@@ -107,15 +108,16 @@ class _Gather(RowCodes):
             for position, size, own, extent in zip(positions, sizes, taps, window.kernel, strict=True):
                 inside = tirx.And(inside, tirx.And(position >= 0, position < size))
                 line, tap = line * size + position, tap * extent + own
-            start, target = T.bind(line * channels), T.bind(first + tap * channels)
+            start, feature = T.bind(line * channels), T.bind(tap * channels)
+            together = self.tiles.together if int(channels) % self.tiles.together == 0 else self.tiles.together_anywhere
             with T.If(inside):
                 with T.Then():
-                    for i, lanes in for_vectors(channels, 2 * LANES):
-                        self._store(target + i, code.source.buffer[lanes_at(start + i, lanes)], lanes)
+                    for i, lanes in for_vectors(channels, together):
+                        self._store(where(feature + i), code.source.buffer[lanes_at(start + i, lanes)], lanes)
                 with T.Else():
-                    for i, lanes in for_vectors(channels, 2 * LANES):
-                        self._store(target + i, splat(0, lanes, "int32"), lanes)
-        self._finish(first, at)
+                    for i, lanes in for_vectors(channels, together):
+                        self._store(where(feature + i), splat(0, lanes, "int32"), lanes)
+        self._finish(where, at)
         T.buffer_store(code.scratch[1], code.constants[-1][0], [at])
 
     def _positions(self, window: Window, place: list[Expr], taps: list[Expr]) -> list[Expr]:
@@ -174,9 +176,9 @@ class _Quantise(RowCodes):
         return largest, keep(horizontal(T.bind(poison[whole]), lanes, lambda a, b: a + b))
 
     def _codes(self, x: Any, start: Expr, at_row: Expr, inverse: Expr) -> None:
-        first = T.bind(at_row * self.tiles.depth)
+        place = self.tiles.place(self.code, at_row)
         for at, n in for_vectors(self.code.stage.depth, self.code.k.lanes):
             value = x[lanes_at(start + at, n)] * splat(inverse, n)
             value = T.max(splat(-float(LARGEST_CODE), n), T.min(splat(float(LARGEST_CODE), n), T.nearbyint(value)))
-            self._store(first + at, T.cast(keep(value), _vector("int32", n)), n)
-        self._finish(first, at_row)
+            self._store(place(at), T.cast(keep(value), _vector("int32", n)), n)
+        self._finish(place, at_row)

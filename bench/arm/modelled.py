@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 from planish.backends.bundle import toolchain
@@ -26,8 +25,8 @@ _BRANCH = re.compile(
 )
 
 
-def share_of_cycles(emulator: Emulator, program: Path, symbol: str, cpus: Sequence[str]) -> dict[str, float]:
-    """For each processor: cycles that all executed instructions of ``symbol`` take, by those in the window.
+def cycles_of(emulator: Emulator, program: Path, symbol: str, cpu: str) -> float:
+    """Cycles that all executed instructions of ``symbol`` take on a processor, by those in the window.
 
     Raises:
         ToolchainError: llvm-mca is missing or cannot read the code.
@@ -39,14 +38,11 @@ def share_of_cycles(emulator: Emulator, program: Path, symbol: str, cpus: Sequen
     listing = emulator.folder / "window.s"
     listing.write_text(".Lx:\n" + "\n".join(lines) + "\n")
     triple = emulator.level.triple
-    found = dict[str, float]()
-    for cpu in cpus:
-        options = [f"-mtriple={triple}", f"-mcpu={cpu}", f"-mattr={_FEATURES[emulator.level.arch]}"]
-        text = toolchain.call([_tool(), *options, "-iterations=1", "-noalias", listing], emulator.folder)
-        cycles = re.search(r"Total Cycles:\s+(\d+)", text)
-        assert cycles is not None
-        found[cpu] = int(cycles[1]) * total / length
-    return found
+    options = [f"-mtriple={triple}", f"-mcpu={cpu}", f"-mattr={_FEATURES[emulator.level.arch]}"]
+    text = toolchain.call([_tool(), *options, "-iterations=1", "-noalias", listing], emulator.folder)
+    cycles = re.search(r"Total Cycles:\s+(\d+)", text)
+    assert cycles is not None
+    return int(cycles[1]) * total / length
 
 
 def _operand_free(line: str) -> str:

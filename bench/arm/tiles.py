@@ -6,11 +6,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import numpy as np
 import torch
+import tvm
 
 from planish.backends.bundle import toolchain
 from planish.backends.tvm.codegen import object_code
@@ -18,9 +18,9 @@ from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_numbers
 from planish.backends.tvm.neon_products import LANES, products_of
 from planish.backends.tvm.neon_tile import build_neon_tile, packed_codes, shift
 from planish.bench.arm.emulator import Emulator
-from planish.bench.arm.modelled import share_of_cycles
+from planish.bench.arm.modelled import cycles_of
 from planish.formats import Format, quantise
-from planish.targets import ARM_LEVELS, Target
+from planish.targets import ARM_LEVELS, ARM_PROCESSORS, Target
 
 COLUMNS, DEPTH = 64, 1024
 """N and K of the layer that tiles are measured on."""
@@ -63,8 +63,10 @@ def measure_tile(form: str, level: str, rows: int, cpus: Sequence[str], folder: 
     weight = Format.parse(form).weight
     found = list[_Built]()
     for cpu in cpus:
-        target = Target.parse(f"{ARM_LEVELS[level].target}:{cpu}")
-        found.append(_build(form, target, rows, folder))
+        target = Target.parse(ARM_LEVELS[level].target)
+        fits = cpu in ARM_PROCESSORS and ARM_LEVELS[level] in ARM_PROCESSORS[cpu].levels
+        target = target.tuned(cpu) if fits else target
+        found.append(_build(form, target, rows, cpu, folder))
     first = found[0]
     cycles = {cpu: round(built.macs_per_cycle, 2) for cpu, built in zip(cpus, found, strict=True)}
     return TileRow(
@@ -89,26 +91,33 @@ class _Built:
     error: float
 
 
-def _build(form: str, target: Target, rows: int, folder: Path) -> _Built:
+def _build(form: str, target: Target, rows: int, cpu: str, folder: Path) -> _Built:
     weight, products = Format.parse(form).weight, products_of(target)
     level, columns = ARM_LEVELS[target.isa], min(products.tiles[rows] * LANES, COLUMNS)
     symbol = f"planish_tile_{rows}"
     tile = build_neon_tile(symbol, weight, products, rows, columns, biased=False, long=False)
-    code, assembly = object_code({_global(symbol): tile}, target)
+    code, assembly = object_code({tvm.ir.GlobalVar(symbol): tile}, target)
     (folder / "tile.o").write_bytes(code)
     want = _write_data(form, products.columns, rows, folder)
     facts = {
-        "symbol": symbol, "grouped": bool(weight.group), "rows": rows, "n": COLUMNS, "columns": columns, "width": WIDTH,
-        "bytes_per_column": DEPTH * weight.bits // 8, "bytes_of_unit": UNIT * weight.bits // 8, "groups": weight.groups(DEPTH), "depth": DEPTH,
+        "symbol": symbol,
+        "grouped": bool(weight.group),
+        "rows": rows,
+        "n": COLUMNS,
+        "columns": columns,
+        "width": WIDTH,
+        "bytes_per_column": DEPTH * weight.bits // 8,
+        "bytes_of_unit": UNIT * weight.bits // 8,
+        "groups": weight.groups(DEPTH),
         "units": DEPTH // UNIT,
-    }  # fmt: skip
+    }
     template = Path(__file__).with_name("tile.c.j2").read_text()
     (folder / "main.c").write_text(jinja2.Template(template, undefined=jinja2.StrictUndefined).render(facts))
     cc, tools = toolchain.compiler(level)
     toolchain.call([cc, "-O2", "-static", "main.c", "tile.o", "-o", "program"], folder)
     emulator, program = Emulator(folder, level), folder / "program"
     instructions = emulator.counts(program, symbol).total
-    cycles = share_of_cycles(emulator, program, symbol, [target.mcpu])[target.mcpu]
+    cycles = cycles_of(emulator, program, symbol, cpu)
     got = torch.from_numpy(np.fromfile(folder / "c.bin", np.float32)).view(rows, COLUMNS).double()
     nbytes = int(toolchain.call([f"{tools}size", "tile.o"], folder).splitlines()[1].split()[0])
     error = ((got - want).norm() / want.norm()).item()
@@ -116,16 +125,8 @@ def _build(form: str, target: Target, rows: int, folder: Path) -> _Built:
 
 
 def spills(assembly: str) -> int:
-    """Loads and stores of vector registers on the stack, but for saving the caller's (d8 to d15)."""
-    return len(re.findall(r"^\s*(?:ldr|str|ldp|stp)\s+q.*\[sp", assembly, re.MULTILINE)) + len(
-        re.findall(r"^\s*v(?:ld1|st1)\.64\s+\{d\d+, d\d+\}, \[(?:sp|r\d+):128\].*(?:spill|reload)", assembly, re.MULTILINE | re.IGNORECASE)
-    )
-
-
-def _global(symbol: str) -> Any:
-    import tvm
-
-    return tvm.ir.GlobalVar(symbol)
+    """Loads and stores of whole vector registers on the stack; the caller's are saved by halves, d8 to d15."""
+    return len(re.findall(r"^\s*(?:(?:ldr|str|ldp|stp)\s+q.*\[sp|v(?:ld1|st1)\.64.*\[sp)", assembly, re.MULTILINE))
 
 
 def _write_data(form: str, columns: int, rows: int, folder: Path) -> torch.Tensor:
