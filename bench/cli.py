@@ -119,6 +119,16 @@ def precision(
     _measure("planish.bench.precision", json, threads, seeds, only=_names(only))
 
 
+@app.command()
+def arm(
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="write the figures to FILE")] = None,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="threads of PyTorch")] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="NAMES", help="levels or models, by commas")] = None,
+) -> None:
+    """Code for ARM: instructions and modelled cycles of tiles, and models as bundles under qemu."""
+    _measure("planish.bench.arm.suite", json, threads, 0, only=_names(only))
+
+
 def _width() -> int | None:
     """Columns of the tables: those of the terminal, and as many as they need in a file."""
     return None if sys.stdout.isatty() or "COLUMNS" in os.environ else FILE_WIDTH

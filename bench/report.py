@@ -22,6 +22,9 @@ def show(result: dict[str, Any], console: Console) -> None:
     if result["bench"] == "precision":
         _show_precision(result, console)
         return
+    if result["bench"] == "arm":
+        _show_arm(result, console)
+        return
     machine, limits = result["machine"], result["limits"]
     by_isa = ", ".join(f"{isa} {gflops:.0f}" for isa, gflops in limits["fma_gflops_by_isa"].items())
     console.print(f"{machine['cpu']}, {result['threads']} threads, torch {machine['torch']}", highlight=False)
@@ -226,6 +229,53 @@ def _show_perplexity(result: dict[str, Any], console: Console) -> None:
     console.print(Text(f"{result['held_out_tokens']} tokens that calibration has not seen"))
     for note in result["outliers"]:
         console.print(Text(note))
+
+
+def _show_arm(result: dict[str, Any], console: Console) -> None:
+    """Tiles, then models."""
+    columns = ("tile", "level", "rows", "instr. / MAC", "MACs / cycle, modelled", "bytes", "spills", "rel. error")
+    cells = [
+        (
+            k["name"],
+            k["level"],
+            str(k["M"]),
+            f"{k['instr_per_mac']:.3f}",
+            ", ".join(f"{cpu} {value:.1f}" for cpu, value in k["macs_per_cycle"].items()),
+            str(k["bytes"]),
+            str(k["spills"]),
+            f"{k['rel_err']:.0e}",
+        )
+        for k in result["kernels"]
+    ]
+    console.print(_table(columns, cells))
+    columns = (
+        "model",
+        "code KB",
+        "largest tile",
+        "weights MB",
+        "bytes / weight",
+        "arena KB",
+        "M instr.",
+        "to host",
+        "to eager",
+    )
+    cells = [
+        (
+            m["name"],
+            f"{m['code_bytes'] / 1e3:.1f}",
+            str(m["largest_kernel"][0]),
+            f"{m['weights_bytes'] / 1e6:.1f}",
+            _figure(m["linear_bytes_per_weight"], ".3f"),
+            f"{m['arena_bytes'] / 1e3:.0f}",
+            f"{m['instructions'] / 1e6:.1f}",
+            f"{max(m['rel_err']):.0e}",
+            f"{m['to_eager']:.0e}",
+        )
+        for m in result["models"]
+    ]
+    if cells:
+        console.print(_table(columns, cells))
+    console.print(Text(result["method"]))
 
 
 def _show_qgemm(result: dict[str, Any], console: Console) -> None:

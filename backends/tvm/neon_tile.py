@@ -1,8 +1,9 @@
 """The register-blocked tiles of integer codes for ARM's NEON, and the layouts they read.
 
-How products take the codes of activations, int8, and of weights from registers is in ``neon_products``. Codes of fewer than 8 bits are shifted to the top of their byte, where they are signed, so that all
-products are a power of two too large; sums stay exact in int32, and so does a sum times its group's integer scale. The
-power of two is in the columns' scales.
+How products take the codes of activations, int8, and of weights from registers is in ``neon_products``. Codes of fewer
+than 8 bits are shifted to the top of their byte, where they are signed, so that all products are a power of two too
+large; sums stay exact in int32, and so does a sum times its group's integer scale. The power of two is in the columns'
+scales.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,10 +50,10 @@ def units_of_block(form: WeightFormat) -> int:
 
 
 def packed_codes(codes: torch.Tensor, form: WeightFormat, columns: int) -> torch.Tensor:
-    """Codes uint8 [N, K] as panels of ``WIDTH`` columns, each [unit][vector][plane][register], filled up with zeros.
+    """Codes uint8 [N, K] as panels of ``WIDTH`` columns, each [unit][vector][plane][register], and zeros.
 
-    A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, whose bytes hold ``8 / b`` codes each, the first in
-    the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two ``columns``,
+    A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, whose bytes hold ``8 / b`` codes each, the first
+    in the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two ``columns``,
     then of the vector's other two. They are two's complement: what they stand for, in steps.
     """
     n, depth = codes.shape
@@ -77,7 +79,8 @@ def build_neon_tile(
     """C[rows, columns] = scale_row times (scaled sums of products of codes) + bias.
 
     Parameters: codes of A, of B, with groups their steps (int16), scales of the columns and of the rows, C, with
-    ``biased`` the bias; then the elements between rows of C, and the units of B. Rows of A lie in turn, see ``neon_products``.
+    ``biased`` the bias; then the elements between rows of C, and the units of B. Rows of A lie in turn, see
+    ``neon_products``.
 
     Args:
         symbol: C name.
@@ -198,44 +201,41 @@ class _Tile:
         processor waits.
         """
         size = UNIT * LANES * self.form.bits // 8
-        first = T.bind(unit * (WIDTH // LANES * size))
-        rows, codes = T.bind(unit * (UNIT * self.rows)), dict[tuple[int, int], Expr]()
-        operands, pending = dict[int, Expr](), defaultdict[tuple[int, int], dict[int, Any]](dict)
+        first, start = T.bind(unit * (WIDTH // LANES * size)), T.bind(unit * (UNIT * self.rows))
+        pending = defaultdict[tuple[int, int], dict[int, Any]](dict)
 
+        @cache
         def load(register: int) -> Expr:
-            if register not in operands:
-                operands[register] = T.bind(T.reinterpret("int32x4", self.a[lanes_at(rows + register * 16, 16)]))
-            return operands[register]
+            return T.bind(T.reinterpret("int32x4", self.a[lanes_at(start + register * 16, 16)]))
 
+        @cache
         def load_codes(v: int, register: int) -> Expr:
-            if (v, register) not in codes:
-                codes[v, register] = T.bind(self.b[lanes_at(first + v * size + register * 16, 16)])
-            return codes[v, register]
+            return T.bind(self.b[lanes_at(first + v * size + register * 16, 16)])
 
         def operand(register: int, cell: int) -> Expr:
             return self.products.operand(load, register * self.products.columns // LANES, cell, self.rows)
 
-        def load_ahead(start: int) -> None:
-            for register in range(start, start + STAGE):
+        def load_ahead(begin: int) -> None:
+            for register in range(begin, begin + STAGE):
                 for v, place in itertools.product(range(self.vectors), self._places(register)):
                     load_codes(v, place[0])
                 for cell in range(len(parts)):
                     operand(register, cell)
 
         early = self.rows >= FEWEST_EARLY
+        stages = {register for register in range(QUADS - 1) if early and register % STAGE == STAGE - 1}
         if early:
             load_ahead(0)
         for register, v in itertools.product(range(QUADS), range(self.vectors)):
-            if early and v == self.vectors - 1 and register % STAGE == STAGE - 1 and register < QUADS - 1:
+            if register in stages and v == self.vectors - 1:
                 prefetch(T.address_of(self.b[first + register * 16 + AHEAD]), level=1)
                 load_ahead(register + 1)
-            pieces = [(load_codes(v, at), *rest) for at, *rest in self._places(register)]
-            w = T.bind(self._codes(pieces))
+            w = T.bind(self._codes([(load_codes(v, at), *rest) for at, *rest in self._places(register)]))
             for cell, of_cell in enumerate(parts):
                 self.products.add(of_cell[v], w, operand(register, cell), register, pending[cell, v])
 
     def _places(self, register: int) -> list[tuple[int, int, int]]:
-        """Where the bits of a register's codes are: for each plane its register, the lowest bit there, and its width."""
+        """Where a register's codes have their bits: for each plane its register, the lowest bit there, its width."""
         found, first = list[tuple[int, int, int]](), 0
         for bits in planes(self.form.bits):
             at, low = divmod(register * bits, 8)

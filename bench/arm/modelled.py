@@ -1,4 +1,4 @@
-"""Cycles of executed code by LLVM's models of processors (llvm-mca): all data in the first-level cache, no branch missed.
+"""Cycles of executed code by LLVM's models of processors (llvm-mca): data in the first cache, no branch missed.
 
 They rank kernels. They are not times: nothing here runs on ARM.
 """

@@ -21,8 +21,8 @@ CPUS = {
     "armv8": ("cortex-a53", "cortex-a72"),
     "armv7": ("cortex-a57",),
 }
-"""Level to the processors whose cycles are modelled. LLVM has no model of a Cortex-A7, and takes a Cortex-A76 for a much
-older one; what holds for neoverse-n1 holds for that."""
+"""Level to the processors whose cycles are modelled. LLVM has no model of a Cortex-A7, and takes a Cortex-A76 for a
+much older one: what holds for neoverse-n1 holds for that."""
 
 FORMATS = ("w4a8-g32", "w4a8-g128", "w2a8-g32", "w2a8-g128", "w8a8")
 OTHERS = ("w6a8-g32", "w5a8-g32", "w3a8-g32")

@@ -147,3 +147,66 @@ def _write_data(form: str, columns: int, rows: int, folder: Path) -> torch.Tenso
     steps = held.scales.double().repeat_interleave(weight.group, 1)[:, :DEPTH] if weight.group else 1.0
     exact = (held.codes.double() - (1 << (weight.bits - 1))) * steps
     return a.double() @ exact.T * scales_of_rows.double()[:, None] * channels.double().view(-1)
+
+
+PLAIN = """
+#include <stdint.h>
+int planish_plain(const int8_t *a, const uint8_t *b, const int16_t *steps, const float *columns,
+                  const float *rows, float *c) {
+  for (int n = 0; n < %(n)d; n++) {
+    int total = 0;
+    for (int group = 0; group < %(depth)d / 32; group++) {
+      int sum = 0;
+      for (int k = 0; k < 32; k++) {
+        uint8_t byte = b[(n * %(depth)d + group * 32 + k) / 2];
+        sum += a[group * 32 + k] * ((k & 1 ? byte >> 4 : byte & 15) - 8);
+      }
+      total += sum * steps[n * (%(depth)d / 32) + group];
+    }
+    c[n] = total * columns[n] * rows[0];
+  }
+  return 0;
+}
+int main(void) {
+  static int8_t a[%(depth)d]; static uint8_t b[%(n)d * %(depth)d / 2]; static int16_t steps[%(n)d * %(depth)d / 32];
+  static float columns[%(n)d], rows[1], c[%(n)d];
+  return planish_plain(a, b, steps, columns, rows, c);
+}
+"""
+
+
+def measure_plain(level: str, cpus: Sequence[str], folder: Path) -> TileRow:
+    """The same layer in plain C, 4 bits in groups of 32, one row, as gcc -O3 compiles it for the first processor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = ARM_LEVELS[level]
+    (folder / "plain.c").write_text(PLAIN % {"n": COLUMNS, "depth": DEPTH})
+    cc, tools = toolchain.compiler(found)
+    flags = [*GCC[level], "-O3", "-fno-inline", "-static"]
+    toolchain.call([cc, *flags, "plain.c", "-o", "plain"], folder)
+    toolchain.call([cc, *flags, "-S", "plain.c", "-o", "plain.s"], folder)
+    emulator, program = Emulator(folder, found), folder / "plain"
+    count = emulator.counts(program, "planish_plain").total
+    cycles = {cpu: round(COLUMNS * DEPTH / cycles_of(emulator, program, "planish_plain", cpu), 2) for cpu in cpus}
+    sizes = toolchain.call([f"{tools}nm", "-S", program], folder)
+    size = re.search(r"^\S+ (\S+) [tT] planish_plain$", sizes, re.MULTILINE)
+    assert size is not None
+    stack = spills((folder / "plain.s").read_text())
+    return TileRow(
+        "gcc -O3, plain C, w4a8-g32",
+        level,
+        1,
+        32,
+        round(count / (COLUMNS * DEPTH), 4),
+        cycles,
+        int(size[1], 16),
+        stack,
+        0.0,
+    )
+
+
+GCC = {
+    "armv8": ("-march=armv8-a",),
+    "armv8-dotprod": ("-march=armv8.2-a+dotprod",),
+    "armv8-i8mm": ("-march=armv8.6-a+i8mm",),
+    "armv7": ("-march=armv7-a", "-mfpu=neon-vfpv4", "-mfloat-abi=hard"),
+}
