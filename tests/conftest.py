@@ -24,6 +24,7 @@ settings.register_profile("full", settings.get_profile("planish"), max_examples=
 settings.load_profile("planish")
 
 _NO_SKIPS = os.environ.get("PLANISH_NO_SKIPS") == "1"
+_FOR_ARM = ("qemu-aarch64", "qemu-arm", "aarch64-linux-gnu-gcc", "arm-linux-gnueabihf-gcc")
 _WANTED = "wanted tool missing"
 
 
@@ -37,8 +38,8 @@ def _missing_tool(item: pytest.Item) -> str | None:
     """Why a test cannot run for want of something that `make test` as root installs; None when it can."""
     if item.get_closest_marker("needs_cxx") and not shutil.which("g++"):
         return f"{_WANTED}: g++ (run `make deps` as root)"
-    if item.get_closest_marker("needs_arm") and not all(map(shutil.which, ("qemu-aarch64", "aarch64-linux-gnu-gcc"))):
-        return f"{_WANTED}: qemu-user and gcc-aarch64-linux-gnu (run `make deps` as root)"
+    if item.get_closest_marker("needs_arm") and not all(map(shutil.which, _FOR_ARM)):
+        return f"{_WANTED}: qemu-user and cross compilers for ARM (run `make deps` as root)"
     if item.get_closest_marker("needs_weights") and not _has_models():
         return f"{_WANTED}: pip install 'planish[models,dev]'"
     return None

@@ -53,8 +53,8 @@ def packed_codes(codes: torch.Tensor, form: WeightFormat, columns: int) -> torch
     """Codes uint8 [N, K] as panels of ``WIDTH`` columns, each [unit][vector][plane][register], and zeros.
 
     A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, whose bytes hold ``8 / b`` codes each, the first
-    in the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two ``columns``,
-    then of the vector's other two. They are two's complement: what they stand for, in steps.
+    in the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two
+    ``columns``, then of the vector's other two. They are two's complement: what they stand for, in steps.
     """
     n, depth = codes.shape
     middle = 1 << (form.bits - 1)
