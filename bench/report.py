@@ -243,7 +243,7 @@ def _show_arm(result: dict[str, Any], console: Console) -> None:
             ", ".join(f"{cpu} {value:.1f}" for cpu, value in k["macs_per_cycle"].items()),
             str(k["bytes"]),
             str(k["spills"]),
-            f"{k['rel_err']:.0e}",
+            _figure(k["rel_err"], ".0e"),
         )
         for k in result["kernels"]
     ]

@@ -162,5 +162,5 @@ def _bytes_per_weight(compiled: Any) -> float | None:
 
 
 def _graphs(compiled: Any) -> list[Any]:
-    module = compiled.program.module
+    module = compiled._ready().executable.program.module
     return [m.graph for m in module.modules() if isinstance(m, torch.fx.GraphModule)]

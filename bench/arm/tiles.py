@@ -39,7 +39,7 @@ class TileRow:
         macs_per_cycle: products a cycle by LLVM's model of a processor, of the code that is tuned for it.
         bytes: of its code.
         spills: loads and stores of vector registers on the stack in it.
-        rel_err: distance of its results from exact ones, as a part of their length.
+        rel_err: distance of its results from exact ones, as a part of their length; None where it is not asked.
     """
 
     name: str
@@ -50,7 +50,7 @@ class TileRow:
     macs_per_cycle: dict[str, float]
     bytes: int
     spills: int
-    rel_err: float
+    rel_err: float | None
 
 
 def measure_tile(form: str, level: str, rows: int, cpus: Sequence[str], folder: Path) -> TileRow:
@@ -157,9 +157,9 @@ int planish_plain(const int8_t *a, const uint8_t *b, const int16_t *steps, const
     int total = 0;
     for (int group = 0; group < %(depth)d / 32; group++) {
       int sum = 0;
-      for (int k = 0; k < 32; k++) {
-        uint8_t byte = b[(n * %(depth)d + group * 32 + k) / 2];
-        sum += a[group * 32 + k] * ((k & 1 ? byte >> 4 : byte & 15) - 8);
+      for (int k = 0; k < 16; k++) {
+        uint8_t byte = b[(n * %(depth)d + group * 32) / 2 + k];
+        sum += a[group * 32 + k] * ((byte & 15) - 8) + a[group * 32 + 16 + k] * ((byte >> 4) - 8);
       }
       total += sum * steps[n * (%(depth)d / 32) + group];
     }
@@ -200,7 +200,7 @@ def measure_plain(level: str, cpus: Sequence[str], folder: Path) -> TileRow:
         cycles,
         int(size[1], 16),
         stack,
-        0.0,
+        None,
     )
 
 
@@ -208,5 +208,5 @@ GCC = {
     "armv8": ("-march=armv8-a",),
     "armv8-dotprod": ("-march=armv8.2-a+dotprod",),
     "armv8-i8mm": ("-march=armv8.6-a+i8mm",),
-    "armv7": ("-march=armv7-a", "-mfpu=neon-vfpv4", "-mfloat-abi=hard"),
+    "armv7": ("-marm", "-march=armv7-a", "-mfpu=neon-vfpv4", "-mfloat-abi=hard"),
 }
