@@ -13,7 +13,7 @@ import torch
 import tvm
 
 from planish.backends.tvm import integer_tile
-from planish.backends.tvm.codegen import _object_code, llvm_target
+from planish.backends.tvm.codegen import object_code
 from planish.formats import BITS, Quantized, WeightFormat
 from planish.targets import TARGETS, host_isa_levels
 
@@ -63,7 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
     def build(functions: dict[str, tvm.tirx.PrimFunc]) -> ctypes.CDLL:
         folder = Path(tmp_path_factory.mktemp("tile"))
         variables = {tvm.ir.GlobalVar(name): func for name, func in functions.items()}
-        (folder / "tile.o").write_bytes(_object_code(variables, llvm_target(TARGETS["cpu-avx2"]))[0])
+        (folder / "tile.o").write_bytes(object_code(variables, TARGETS["cpu-avx2"])[0])
         subprocess.run(["cc", "-shared", "-o", folder / "tile.so", folder / "tile.o"], check=True)
         return ctypes.CDLL(str(folder / "tile.so"))
 
