@@ -85,7 +85,6 @@ class Bundle:
     def facts(self) -> dict[str, Any]:
         """What the templates say."""
         program, plan = self.executable.program, self.executable.plan
-        names = list(self.dims)
         outputs = list(dict.fromkeys(self.executable.outputs))
         at = [self.executable.outputs.index(o) for o in outputs]
         blob = self.executable.blob
@@ -112,7 +111,6 @@ class Bundle:
             "status_division": DIVISION_BY_ZERO,
             "weights_bytes": blob.numel(),
             "weights_crc": f"{zlib.crc32(blob.numpy()):#010x}",
-            "names": names,
             "golden": [
                 {
                     "name": program.outputs[i].name,

@@ -103,7 +103,7 @@ def measure_model(name: str, target: str, compile_model: Callable[..., Any], fol
     compiled.save(folder)
     level = ARM_LEVELS[compiled.target.isa]
     found = check_bundle(folder)
-    counts = Emulator(folder, level).counts(folder / "model_check").functions
+    counts = Emulator(folder, level).counts(_single_thread(folder, level)).functions
     kernels = {name for name, _, _ in compiled.sources()}
     by_kernel = {name: counts[name] for name in sorted(kernels & counts.keys(), key=lambda n: -counts[n])}
     text, read_only = _sections(folder / "libmodel.so", level)
@@ -120,6 +120,14 @@ def measure_model(name: str, target: str, compile_model: Callable[..., Any], fol
         list(found.off.values()),
         _distance(model, inputs, compiled),
     )
+
+
+def _single_thread(folder: Path, level: ArmLevel) -> Path:
+    """The check with the library that has no threads: the plugin's counters are not safe under several."""
+    program = folder / "single_check"
+    cc, _ = toolchain.compiler(level)
+    toolchain.call([cc, "-O2", "-o", program, "model_check.c", "libmodel_single.a", "-lm"], folder)
+    return program
 
 
 def _distance(model: torch.nn.Module, inputs: Any, compiled: Any) -> float:

@@ -40,7 +40,7 @@ class Options:
     Attributes:
         threads: of PyTorch; counted code runs in one.
         rounds: not used, nothing is timed.
-        only: levels, formats or models; all if empty.
+        only: levels or models; all if empty.
     """
 
     threads: int
