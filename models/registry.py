@@ -69,6 +69,7 @@ MODELS: dict[str, ModelRow] = {
                 "gensim": "gensim==4.4.0",
             },
             "SmolLM2-135M-Instruct decoder (30 layers, 576 wide) with its 4-bit weights, on Lee background documents",
+            extra="smollm2",
         ),
         ModelRow(
             "efficientnet-lite0",

@@ -16,6 +16,7 @@ import planish
 from planish.backends.bundle import toolchain
 from planish.backends.bundle.check import check_bundle
 from planish.backends.bundle.sizes import in_c
+from planish.backends.tvm.backend import TvmBackend
 from planish.errors import InputError, TargetError, ToolchainError, UnknownNameError, UnsupportedOpsError
 from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
@@ -201,6 +202,46 @@ def test_two_models_in_a_program(tmp_path: Path) -> None:
     assert {line.split()[-1] for line in exported.splitlines()} == {
         f"one_{n}" for n in ("arena_bytes", "error", "init", "run", "set_threads")
     }
+
+
+def test_code_for_more_than_a_processor_has_traps_if_forced(tmp_path: Path) -> None:
+    compiled("arm-int4").save(tmp_path)
+    assert not check_bundle(tmp_path, "cortex-a53").passed
+    (tmp_path / "lie.c").write_text("unsigned long getauxval(unsigned long what) { return what ? ~0ul : 0; }")
+    cc, _ = toolchain.compiler(LEVEL)
+    flags = ["-static", "-o", "model_check"]
+    toolchain.call([cc, "model_check.c", "lie.c", "libmodel_single.a", *flags, "-lm"], tmp_path)
+    assert check_bundle(tmp_path, "cortex-a76").passed
+    forced = check_bundle(tmp_path, "cortex-a53")
+    assert "stopped by signal 4" in forced.text
+
+
+@pytest.mark.parametrize("threads", ["", "-DONE_SINGLE_THREAD"])
+def test_the_c_code_under_sanitizers(threads: str, tmp_path: Path) -> None:
+    """With the kernels of the host's twin: ASan and UBSan see all that the shim and the check do with memory."""
+    for name in ("one", "two"):
+        call = compiled("arm-int4")
+        call.save(tmp_path / name, prefix=name)
+        twin = TvmBackend().compile(call._compiled.executable.program, call.target.twin)  # pyright: ignore
+        for i, (code, _) in enumerate(twin.objects):
+            (tmp_path / name / f"code{i}.o").write_bytes(code)
+        codes = [f"code{i}.o" for i in range(len(twin.objects))]
+        shim = ["gcc", *SANITIZED, *([threads] if threads and name == "one" else []), "-c", f"{name}.c"]
+        toolchain.call([*shim, "-o", "shim.o"], tmp_path / name)
+        toolchain.call(["ld", "-r", "-o", "whole.o", "shim.o", *codes], tmp_path / name)
+        toolchain.call(["objcopy", "--wildcard", f"--keep-global-symbol={name}_*", "whole.o"], tmp_path / name)
+        program = ["gcc", *SANITIZED, f"{name}_check.c", "whole.o", "-o", "host_check", "-lm", "-pthread"]
+        toolchain.call(program, tmp_path / name)
+        text = toolchain.call(["./host_check", ".", "3"], tmp_path / name)
+        assert "passed" in text
+    (tmp_path / "main.c").write_text(MAIN)
+    both = ["main.c", "one/whole.o", "two/whole.o"]
+    toolchain.call(["gcc", *SANITIZED, "-Ione", "-Itwo", *both, "-o", "main", "-lm", "-pthread"], tmp_path)
+    unfreed = ["env", "ASAN_OPTIONS=detect_leaks=0"]
+    assert toolchain.call([*unfreed, "./main"], tmp_path) == "1 3 0 5 9 0 1\n" * 2
+
+
+SANITIZED = ("-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

@@ -63,6 +63,10 @@ class Products(ABC):
             pending: what an earlier register of the cell has left to add.
         """
 
+    def begun(self, numbers: list[Expr]) -> list[Expr]:
+        """A cell's parts whose sums are one number for each of its rows, int32."""
+        return [T.broadcast(numbers[0], LANES)]
+
     def whole(self, parts: list[Expr]) -> list[Expr]:
         """Sums of a cell."""
         return parts
@@ -103,6 +107,10 @@ class MatrixProducts(Products):
         into = parts[register % 2]
         _add(into, T.call_llvm_pure_intrin("int32x4", "llvm.aarch64.neon.smmla.v4i32.v16i8", _of(into), x, w))
 
+    def begun(self, numbers: list[Expr]) -> list[Expr]:
+        """Of the first row twice, then of the second."""
+        return [_vector([numbers[row] for row in (0, 0, 1, 1)])] * 2
+
     def steps(self, of_columns: Expr) -> list[Expr]:
         """Of two columns twice, for each two columns."""
         return [T.bind(T.Shuffle([of_columns], [i32(c) for c in (i, i + 1) * 2])) for i in (0, 2)]
@@ -135,6 +143,10 @@ class LongProducts(Products):
                 continue
             pairs = T.call_llvm_pure_intrin("int32x4", self._widen, T.bind(pending.pop(half) + products))
             _add(into, _of(into) + pairs)
+
+    def begun(self, numbers: list[Expr]) -> list[Expr]:
+        """In one of two neighbours."""
+        return [_vector([numbers[0], i32(0)] * 2)] * 2
 
     def whole(self, parts: list[Expr]) -> list[Expr]:
         """Neighbours added: of the first two columns, then of the others."""
@@ -175,6 +187,10 @@ def products_of(target: Target) -> Products:
 
 
 _WHOLE = T.ramp(0, 1, LANES)
+
+
+def _vector(numbers: list[Expr]) -> Expr:
+    return T.Shuffle(numbers, [i32(i) for i in range(len(numbers))])
 
 
 def _of(register: Any) -> Expr:

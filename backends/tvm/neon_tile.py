@@ -4,6 +4,12 @@ How products take the codes of activations, int8, and of weights from registers 
 than 8 bits are shifted to the top of their byte, where they are signed, so that all products are a power of two too
 large; sums stay exact in int32, and so does a sum times its group's integer scale. The power of two is in the columns'
 scales.
+
+Codes of 2 bits in groups are stacked: a byte holds those of the panel's four vectors of columns for one feature. A tile
+of all four vectors multiplies by the lowest code of each byte, by the lowest two at once, by three, and by the byte;
+differences of these sums are those of the vectors. So three masks unpack four registers, instead of six operations. A
+tile of fewer vectors masks its own codes. The lower three codes are unsigned, ``middle`` more than what they stand for:
+sums start with what takes that off, which is known from the sum of the row's codes.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at
-from planish.backends.tvm.integer_tile import UNIT, WIDTH, planes
+from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_numbers, planes
 from planish.backends.tvm.microkernel import prefetch
 from planish.backends.tvm.neon_products import LANES, Products
 from planish.formats import LARGEST_CODE, WeightFormat
@@ -37,9 +43,25 @@ AHEAD = 1024
 """Bytes of codes that are fetched ahead."""
 
 
-def shift(form: WeightFormat) -> int:
-    """Bits by which codes lie higher than their value."""
-    return 8 - form.bits
+VECTORS = WIDTH // LANES
+"""Of a panel's columns."""
+
+
+def stacked(form: WeightFormat) -> bool:
+    """Whether a byte holds a code of each of a panel's vectors."""
+    return form.bits * VECTORS == 8 and form.group is not None
+
+
+def middle(form: WeightFormat) -> int:
+    """The code of 0."""
+    return 1 << (form.bits - 1)
+
+
+def packed_columns(scales: torch.Tensor, form: WeightFormat) -> torch.Tensor:
+    """The columns' scales, fp32 [N], less the power of two that their sums are too large by, and zeros."""
+    numbers = packed_numbers(scales.view(-1)).view(-1, VECTORS, LANES)
+    shifts = [form.bits * v for v in range(VECTORS)] if stacked(form) else [8 - form.bits] * VECTORS
+    return (numbers / torch.tensor([1 << s for s in shifts]).view(-1, 1)).view(-1)
 
 
 def units_of_block(form: WeightFormat) -> int:
@@ -55,13 +77,21 @@ def packed_codes(codes: torch.Tensor, form: WeightFormat, columns: int) -> torch
     A plane of ``b`` bits has ``b`` registers of 16 bytes for a unit, whose bytes hold ``8 / b`` codes each, the first
     in the lowest bits. Codes in the same bits are those of four features of four columns, or of eight of two
     ``columns``, then of the vector's other two. They are two's complement: what they stand for, in steps.
+
+    Stacked codes: [unit][register], the first vector's in the lowest bits; all but the last's stay unsigned.
     """
     n, depth = codes.shape
-    middle = 1 << (form.bits - 1)
-    codes = torch.nn.functional.pad(codes, (0, -depth % UNIT, 0, -n % WIDTH), value=middle)
-    signed = ((codes.to(torch.int16) - middle) & ((1 << form.bits) - 1)).to(torch.uint8)
+    codes = torch.nn.functional.pad(codes, (0, -depth % UNIT, 0, -n % WIDTH), value=middle(form))
+    signed = ((codes.to(torch.int16) - middle(form)) & ((1 << form.bits) - 1)).to(torch.uint8)
     features = 16 // columns
-    shape = (-1, WIDTH // LANES, LANES // columns, columns, codes.shape[1] // UNIT, UNIT // features, features)
+    shape = (-1, VECTORS, LANES // columns, columns, codes.shape[1] // UNIT, UNIT // features, features)
+    if stacked(form):
+        *lower, last = zip(*(t.view(shape).movedim(1, 0) for t in (codes, signed)), strict=True)
+        of_vectors = torch.stack(
+            [*(code for code, _ in lower), last[1]], -1
+        )  # [panel][half][column][unit][piece][feature][v]
+        places = torch.arange(0, 8, form.bits, dtype=torch.uint8)
+        return (of_vectors << places).sum(-1, dtype=torch.uint8).permute(0, 3, 4, 1, 2, 5).reshape(-1)
     registers = signed.view(shape).permute(0, 4, 1, 5, 2, 3, 6).reshape(-1, QUADS, columns, features)
     parts, low = list[torch.Tensor](), 0
     for bits in planes(form.bits):
@@ -74,13 +104,21 @@ def packed_codes(codes: torch.Tensor, form: WeightFormat, columns: int) -> torch
 
 
 def build_neon_tile(
-    symbol: str, form: WeightFormat, products: Products, rows: int, columns: int, *, biased: bool, long: bool
+    symbol: str,
+    form: WeightFormat,
+    products: Products,
+    rows: int,
+    columns: int,
+    vector: int = 0,
+    *,
+    biased: bool,
+    long: bool,
 ) -> tirx.PrimFunc:
     """C[rows, columns] = scale_row times (scaled sums of products of codes) + bias.
 
-    Parameters: codes of A, of B, with groups their steps (int16), scales of the columns and of the rows, C, with
-    ``biased`` the bias; then the elements between rows of C, and the units of B. Rows of A lie in turn, see
-    ``neon_products``.
+    Parameters: codes of A, of B, with groups their steps (int16), where codes are stacked ``-middle`` times the sum of
+    each row's codes in each group [rows, groups], scales of the columns and of the rows, C, with ``biased`` the bias;
+    then the elements between rows of C, and the units of B. Rows of A lie in turn, see ``neon_products``.
 
     Args:
         symbol: C name.
@@ -88,16 +126,19 @@ def build_neon_tile(
         products: how codes are multiplied.
         rows: of the tile, in ``products.tiles``.
         columns: at most four for each of its vectors.
+        vector: of the panel, that the tile begins with; where codes are stacked, as B is the whole panel then.
         biased: whether there is a bias.
         long: whether B has more units than ``units_of_block``.
     """
-    pointers = ["int8", "uint8", *(["int16"] if form.group else []), "float32", "float32", "float32"]
+    pointers = ["int8", "uint8", *(["int16"] if form.group else []), *(["int32"] if stacked(form) else [])]
+    pointers += ["float32", "float32", "float32"]
     with function(symbol) as f:
         given, (ldc, units) = f.parameters([*pointers, *(["float32"] if biased else [])], 2, align=4)
         bias = given.pop() if biased else None
-        *steps, of_columns, row_scales, c = given[2:]
+        *numbers, of_columns, row_scales, c = given[2:]
+        steps, sums_of_a = [*numbers, None, None][:2]
         vectors = -(-columns // LANES)
-        tile = _Tile(form, products, rows, vectors, given[0], given[1], steps[0] if steps else None, units)
+        tile = _Tile(form, products, rows, vectors, vector, given[0], given[1], steps, sums_of_a, units)
         exact = tile.long_sums(of_columns) if long else tile.sums(i32(0), units)
         for i in range(rows):
             scale = T.bind(T.broadcast(row_scales[i], LANES))
@@ -130,9 +171,11 @@ class _Tile:
     products: Products
     rows: int
     vectors: int
+    vector: int
     a: Any
     b: Any
     steps: Any
+    sums_of_a: Any
     units: Expr
 
     def long_sums(self, columns: Any) -> Cells:
@@ -160,7 +203,7 @@ class _Tile:
         per_group = self.form.group // UNIT  # pyright: ignore
         begin, end = T.floordiv(first, per_group), T.floordiv(last + (per_group - 1), per_group)
         with T.serial(begin, end) as group:
-            parts = self._cells("int32", self.products.parts)
+            parts = self._begun(group) if stacked(self.form) else self._cells("int32", self.products.parts)
             if per_group == 1:
                 self._unit(group, parts)
             else:
@@ -171,9 +214,33 @@ class _Tile:
                 place = lanes_at(group * WIDTH + v * LANES, LANES)
                 steps = self.products.steps(T.bind(T.cast(self.steps[place], "int32x4")))
                 for of_cell, cell in zip(parts, total, strict=True):
-                    for part, register, step in zip(self._whole(of_cell[v]), cell[v], steps, strict=True):
+                    sums = self._whole(of_cell[v])
+                    if v and self._by_differences:
+                        sums = [own - lower for own, lower in zip(sums, self._whole(of_cell[v - 1]), strict=True)]
+                    for part, register, step in zip(sums, cell[v], steps, strict=True):
                         T.buffer_store(register, _whole(register) + part * step, [_WHOLE])
         return total
+
+    @property
+    def _by_differences(self) -> bool:
+        """Whether sums are those of a vector's codes with all lower ones."""
+        return stacked(self.form) and self.vectors == VECTORS
+
+    def _begun(self, group: Expr) -> Cells:
+        """Registers of a group of stacked codes: what takes off that the lower codes are unsigned."""
+        bits, groups = self.form.bits, T.floordiv(self.units + (per_group := self.form.group // UNIT) - 1, per_group)  # pyright: ignore
+        of_rows = [T.bind(self.sums_of_a[row * groups + group]) for row in range(self.rows)]
+        of_rows += [i32(0)] * (-self.rows % self.products.rows)
+        cells = self._cells("int32", self.products.parts)
+        for v in range(self.vectors):
+            own = [self.vector + v] if not self._by_differences else range(v + 1)
+            factor = sum(1 << (bits * at) for at in own if at < VECTORS - 1)
+            for i, cell in enumerate(cells):
+                of_cell = of_rows[i * self.products.rows : (i + 1) * self.products.rows]
+                begun = self.products.begun([T.bind(n * i32(factor)) for n in of_cell])
+                for register, value in zip(cell[v], begun, strict=True):
+                    T.buffer_store(register, value, [_WHOLE])
+        return cells
 
     def _whole(self, cell: list[Any]) -> list[Expr]:
         return self.products.whole([_whole(register) for register in cell])
@@ -200,8 +267,7 @@ class _Tile:
         stands in between, across which LLVM moves no loads: it would have them just before their use, where an in-order
         processor waits.
         """
-        size = UNIT * LANES * self.form.bits // 8
-        first, start = T.bind(unit * (WIDTH // LANES * size)), T.bind(unit * (UNIT * self.rows))
+        first, start = T.bind(unit * (UNIT * WIDTH * self.form.bits // 8)), T.bind(unit * (UNIT * self.rows))
         pending = defaultdict[tuple[int, int], dict[int, Any]](dict)
 
         @cache
@@ -209,43 +275,52 @@ class _Tile:
             return T.bind(T.reinterpret("int32x4", self.a[lanes_at(start + register * 16, 16)]))
 
         @cache
-        def load_codes(v: int, register: int) -> Expr:
-            return T.bind(self.b[lanes_at(first + v * size + register * 16, 16)])
+        def load_register(at: int) -> Expr:
+            return T.bind(self.b[lanes_at(first + at, 16)])
+
+        def load_codes(v: int, register: int) -> list[tuple[Expr, int, int]]:
+            return [(load_register(at), low, bits) for at, low, bits in self._places(v, register)]
 
         def operand(register: int, cell: int) -> Expr:
             return self.products.operand(load, register * self.products.columns // LANES, cell, self.rows)
 
         def load_ahead(begin: int) -> None:
             for register in range(begin, begin + STAGE):
-                for v, place in itertools.product(range(self.vectors), self._places(register)):
-                    load_codes(v, place[0])
-                for cell in range(len(parts)):
-                    operand(register, cell)
+                _ = [load_codes(v, register) for v in range(self.vectors)]
+                _ = [operand(register, cell) for cell in range(len(parts))]
 
-        early = self.rows >= FEWEST_EARLY
-        stages = {register for register in range(QUADS - 1) if early and register % STAGE == STAGE - 1}
-        if early:
+        stages = range(STAGE - 1, QUADS - 1, STAGE) if self.rows >= FEWEST_EARLY else ()
+        if stages:
             load_ahead(0)
         for register, v in itertools.product(range(QUADS), range(self.vectors)):
             if register in stages and v == self.vectors - 1:
                 prefetch(T.address_of(self.b[first + register * 16 + AHEAD]), level=1)
                 load_ahead(register + 1)
-            w = T.bind(self._codes([(load_codes(v, at), *rest) for at, *rest in self._places(register)]))
+            w = T.bind(self._codes(load_codes(v, register)))
             for cell, of_cell in enumerate(parts):
                 self.products.add(of_cell[v], w, operand(register, cell), register, pending[cell, v])
 
-    def _places(self, register: int) -> list[tuple[int, int, int]]:
-        """Where a register's codes have their bits: for each plane its register, the lowest bit there, its width."""
-        found, first = list[tuple[int, int, int]](), 0
+    def _places(self, v: int, register: int) -> list[tuple[int, int, int]]:
+        """Where codes have their bits: for each plane the first byte in the unit, the lowest bit there, the width."""
+        if stacked(self.form):
+            return [(register * 16, (self.vector + v) * self.form.bits, self.form.bits)]
+        found, first = list[tuple[int, int, int]](), v * self.form.bits
         for bits in planes(self.form.bits):
             at, low = divmod(register * bits, 8)
-            found.append((first + at, low, bits))
+            found.append(((first + at) * 16, low, bits))
             first += bits
         return found
 
     def _codes(self, pieces: list[tuple[Expr, int, int]]) -> Expr:
-        """Codes at the top of their bytes, from their bit planes: each with the lowest bit and the width."""
-        to, code = shift(self.form), None
+        """Codes at the top of their bytes, from their bit planes: each with the lowest bit and the width.
+
+        Stacked codes stay where they are in their bytes.
+        """
+        if stacked(self.form):
+            ((byte, low, bits),) = pieces
+            mask = ((1 << (low + bits)) - 1) & (-1 if self._by_differences else -1 << low)
+            return T.reinterpret("int8x16", T.bitwise_and(byte, T.broadcast(tirx.const(mask, "uint8"), 16)))
+        to, code = 8 - self.form.bits, None
         for piece, low, bits in pieces:
             if to > low:
                 piece = T.shift_left(piece, T.broadcast(tirx.const(to - low, "uint8"), 16))

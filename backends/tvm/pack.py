@@ -98,10 +98,7 @@ NEON_COLUMNS = {f"neon columns {form.name}": form for form in FORMATS}
 LAYOUTS |= {
     name: lambda t, columns, _, form=form: neon_tile.packed_codes(t, form, columns) for name, form in NEON_CODES.items()
 }
-LAYOUTS |= {
-    name: lambda t, _, __, form=form: packed_numbers(t.view(-1) / (1 << neon_tile.shift(form)))
-    for name, form in NEON_COLUMNS.items()
-}
+LAYOUTS |= {name: lambda t, _, __, form=form: neon_tile.packed_columns(t, form) for name, form in NEON_COLUMNS.items()}
 LAYOUTS["neon steps"] = lambda t, _, __: packed_numbers(t.short())
 
 

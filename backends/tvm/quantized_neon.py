@@ -13,7 +13,7 @@ from planish.backends.tvm.builder import Expr, i32, keep
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_size
 from planish.backends.tvm.kernel import Packed
 from planish.backends.tvm.neon_products import LANES, products_of
-from planish.backends.tvm.neon_tile import build_neon_tile, units_of_block
+from planish.backends.tvm.neon_tile import build_neon_tile, middle, stacked, units_of_block
 from planish.backends.tvm.quantized import IntegerTiles
 from planish.backends.tvm.stage import Block, Stage, StageCode, choose_rows
 from planish.formats import Format
@@ -37,6 +37,7 @@ class NeonTiles(IntegerTiles):
         super().__init__(target, stage)
         self.products = products_of(target)
         self.rows = max(self.products.tiles)
+        self.sum_factor = -middle(self.form.weight) if stacked(self.form.weight) else None
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
 
     def packed(self) -> list[tuple[Packed, str]]:
@@ -85,19 +86,25 @@ class NeonTiles(IntegerTiles):
 
     def _call(self, code: StageCode, block: Block, row: Expr, rows: int, column: int) -> None:
         """A tile whose first column is the block's ``column``-th."""
-        codes, scales, *_ = code.scratch
+        codes, scales, *sums = code.scratch
         form, bias, place = self.form.weight, code.stage.bias, code.place
         columns, at = min(self.products.tiles[rows] * LANES, block.columns - column), T.bind(row - code.first)
         panels, *steps, of_columns = code.constants[: self.numbers]
         first = T.bind(block.column + column)
         operands = [T.address_of(codes[at * self.depth])]
-        operands += [T.address_of(panels[(block.column * self.depth + column * UNIT) * form.bits // 8])]
+        within = 0 if stacked(form) else column * UNIT
+        operands += [T.address_of(panels[(block.column * self.depth + within) * form.bits // 8])]
         operands += [T.address_of(s[block.column * self.groups + column]) for s in steps]
+        operands += [T.address_of(sums[0][at * self.groups])] if stacked(form) else []
         operands += [T.address_of(of_columns[first]), T.address_of(scales[at])]
         operands += [T.address_of(place.buffer[place.row(row) + first])]
         operands += [T.address_of(code.k.ev.sources[bias].buffer[first])] if bias is not None else []
         kind = {"biased": bias is not None, "long": self.units > units_of_block(form)}
         words = [word for word, wanted in kind.items() if wanted]
+        vector = column // LANES if stacked(form) else 0
+        words += [f"from{vector}"] if vector else []
         name = "_".join(["planish_tile", self.products.name, form.name.replace("-", "_"), f"{rows}x{columns}", *words])
-        symbol = code.k.module.tile(name, lambda: build_neon_tile(name, form, self.products, rows, columns, **kind))
+        symbol = code.k.module.tile(
+            name, lambda: build_neon_tile(name, form, self.products, rows, columns, vector, **kind)
+        )
         T.evaluate(T.call_extern("int32", symbol, *operands, place.stride, i32(self.units)))

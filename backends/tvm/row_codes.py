@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 LANES = 8
-"""Codes that are summed together."""
+"""Codes that are summed together, at most."""
 
 
 def row_codes(code: StageCode, tiles: IntegerTiles) -> RowCodes:
@@ -63,14 +63,15 @@ class RowCodes(ABC):
             T.buffer_store(codes, tirx.const(0, tiles.code_dtype), [place(at)])
         if tiles.sum_factor is None:
             return
-        total, whole = T.alloc_buffer((LANES,), "int32"), T.ramp(0, 1, LANES)
+        lanes = min(LANES, tiles.together)
+        total, whole = T.alloc_buffer((lanes,), "int32"), T.ramp(0, 1, lanes)
         with T.serial(0, tiles.groups) as g:
-            T.buffer_store(total, splat(0, LANES, "int32"), [whole])
+            T.buffer_store(total, splat(0, lanes, "int32"), [whole])
             begin = T.bind(g * group)
-            with T.serial(0, T.bind(T.floordiv(T.min(padded - begin, group), LANES))) as v:
-                part = T.cast(codes[lanes_at(place(begin + v * LANES), LANES)], f"int32x{LANES}")
+            with T.serial(0, T.bind(T.floordiv(T.min(padded - begin, group), lanes))) as v:
+                part = T.cast(codes[lanes_at(place(begin + v * lanes), lanes)], f"int32x{lanes}")
                 T.buffer_store(total, total[whole] + part, [whole])
-            of_group = horizontal(T.bind(total[whole]), LANES, lambda a, b: a + b)
+            of_group = horizontal(T.bind(total[whole]), lanes, lambda a, b: a + b)
             T.buffer_store(sums[0], of_group * tiles.sum_factor, [at_row * tiles.groups + g])
 
 

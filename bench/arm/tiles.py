@@ -16,7 +16,7 @@ from planish.backends.bundle import toolchain
 from planish.backends.tvm.codegen import object_code
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_numbers
 from planish.backends.tvm.neon_products import LANES, products_of
-from planish.backends.tvm.neon_tile import build_neon_tile, packed_codes, shift
+from planish.backends.tvm.neon_tile import build_neon_tile, middle, packed_codes, packed_columns, stacked
 from planish.bench.arm.emulator import Emulator
 from planish.bench.arm.modelled import cycles_of
 from planish.formats import Format, quantise
@@ -37,7 +37,7 @@ class TileRow:
         group: input features that share a scale; 0 where all of a column do.
         instr_per_mac: executed instructions for each product.
         macs_per_cycle: products a cycle by LLVM's model of a processor, of the code that is tuned for it.
-        bytes: of its code.
+        bytes: of its code; of the longest one where a panel needs several.
         spills: loads and stores of vector registers on the stack in it.
         rel_err: distance of its results from exact ones, as a part of their length; None where it is not asked.
     """
@@ -93,18 +93,22 @@ class _Built:
 
 def _build(form: str, target: Target, rows: int, cpu: str, folder: Path) -> _Built:
     weight, products = Format.parse(form).weight, products_of(target)
-    level, columns = ARM_LEVELS[target.isa], min(products.tiles[rows] * LANES, COLUMNS)
+    level, columns = ARM_LEVELS[target.isa], products.tiles[rows] * LANES
     symbol = f"planish_tile_{rows}"
-    tile = build_neon_tile(symbol, weight, products, rows, columns, biased=False, long=False)
-    code, assembly = object_code({tvm.ir.GlobalVar(symbol): tile}, target)
+    begins = {at: f"{symbol}_{at if stacked(weight) else 0}" for at in range(0, WIDTH, columns)}
+    tiles = {
+        name: build_neon_tile(name, weight, products, rows, columns, at // LANES, biased=False, long=False)
+        for at, name in reversed(begins.items())
+    }
+    code, assembly = object_code({tvm.ir.GlobalVar(name): tile for name, tile in tiles.items()}, target)
     (folder / "tile.o").write_bytes(code)
     want = _write_data(form, products.columns, rows, folder)
     facts = {
-        "symbol": symbol,
+        "tiles": [(name, at) for at, name in begins.items()],
         "grouped": bool(weight.group),
+        "stacked": stacked(weight),
         "rows": rows,
         "n": COLUMNS,
-        "columns": columns,
         "width": WIDTH,
         "bytes_per_column": DEPTH * weight.bits // 8,
         "bytes_of_unit": UNIT * weight.bits // 8,
@@ -119,7 +123,8 @@ def _build(form: str, target: Target, rows: int, cpu: str, folder: Path) -> _Bui
     instructions = emulator.counts(program, symbol).total
     cycles = cycles_of(emulator, program, symbol, cpu)
     got = torch.from_numpy(np.fromfile(folder / "c.bin", np.float32)).view(rows, COLUMNS).double()
-    nbytes = int(toolchain.call([f"{tools}size", "tile.o"], folder).splitlines()[1].split()[0])
+    listed = toolchain.call([f"{tools}nm", "-S", "tile.o"], folder)
+    nbytes = max(int(size, 16) for size in re.findall(rf"^\S+ (\S+) [tT] {symbol}", listed, re.MULTILINE))
     error = ((got - want).norm() / want.norm()).item()
     return _Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(assembly), error)
 
@@ -137,11 +142,13 @@ def _write_data(form: str, columns: int, rows: int, folder: Path) -> torch.Tenso
     scales_of_rows = torch.rand(rows, generator=generator) / 127
     held = quantise(torch.randn(COLUMNS, DEPTH, generator=generator), weight)
     channels = held.channels if held.channels is not None else held.scales
-    of_columns = channels.view(-1) / (1 << shift(weight))
     in_turn = a.view(rows, -1, 16 // columns).transpose(0, 1)
     parts = {"a": in_turn, "b": packed_codes(held.codes, weight, columns), "rows": scales_of_rows}
-    parts |= {"columns": packed_numbers(of_columns)}
+    parts |= {"columns": packed_columns(channels, weight)}
     parts |= {"steps": packed_numbers(held.scales.short())} if weight.group else {}
+    parts |= (
+        {"sums": a.view(rows, -1, weight.group).sum(2, dtype=torch.int32) * -middle(weight)} if weight.group else {}
+    )
     for name, part in parts.items():
         part.contiguous().numpy().tofile(folder / f"{name}.bin")
     steps = held.scales.double().repeat_interleave(weight.group, 1)[:, :DEPTH] if weight.group else 1.0
