@@ -67,6 +67,7 @@ class Assignment:
         is_optimal: False where the deadline ended the search.
         prices: what one more unit of a limit takes off what was minimised.
         front: the least loss for other sizes.
+        processor: whose cost table it was; for ARM with what was assumed, as its times are modelled.
         compiler_error: largest difference of the compiled model's outputs from those of the same codes in PyTorch, over
             the outputs' largest magnitude, for the example inputs: no part of the loss, which is what codes
             do; None where the model was not compiled. Values that round to other codes count: on MiniLM a change of
@@ -87,6 +88,7 @@ class Assignment:
     is_optimal: bool
     prices: Mapping[str, float]
     front: tuple[Point, ...]
+    processor: str = ""
     compiler_error: float | None = None
 
     @property
@@ -121,6 +123,7 @@ class Assignment:
             loss = f"{'':18}" if la.loss is None else f"{la.loss:9.2e} {la.sigma:8.1e}"
             lines.append(f"  {la.name:{width}}  {la.format:12} {loss} {la.bytes / 1e3:9,.1f} {ms:>8}  {_next(la)}")
         ms = "" if self.ms is None else f", {self.ms:.3g} ms by the cost table ({self.ms_fp32:.3g} in fp32)"
+        ms += f" of {self.processor}" if ms and self.processor else ""
         proof = f"within {self.gap:.1e} of the proved bound" if self.is_optimal else f"deadline hit, gap {self.gap:.1e}"
         proof = "as pinned" if self.predicted_loss is None else proof
         lines.append(f"  {self.bits:.2f} bits per weight, {self.bytes / 1e6:,.2f} MB{ms}; {proof}")

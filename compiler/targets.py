@@ -81,8 +81,11 @@ class Target:
 
     @property
     def machine(self) -> Machine:
-        """This machine, with the target's caches and cores, as cost tables describe it."""
-        return Machine(_host_processor(), self.isa, self.l2_bytes, self.llc_bytes, self.cores)
+        """This machine, or the processor of an ARM target, with caches and cores, as cost tables describe it."""
+        modelled = f"{self.mcpu}, modelled at {GIGAHERTZ:g} GHz and {GIGABYTES:g} GB/s"
+        return Machine(
+            modelled if self.is_cross else _host_processor(), self.isa, self.l2_bytes, self.llc_bytes, self.cores
+        )
 
     @staticmethod
     def parse(spelling: str | Target) -> Target:
@@ -105,7 +108,7 @@ class Target:
         if target.isa == "host":
             return replace(Target.host(), name=target.name, format=target.format)
         if target.is_arm:
-            return target
+            return target._with_costs()
         if target.isa and target.isa not in host_isa_levels():
             raise TargetError(
                 f"target {target.name!r} needs {target.isa.upper()}, which this processor does not have",
@@ -132,7 +135,14 @@ class Target:
                 why=f"{mcpu} has: {', '.join(level.isa for level in ARM_PROCESSORS[mcpu].levels)}",
                 fix="use one of: " + ", ".join(fit),
             )
-        return replace(self, mcpu=mcpu, l2_bytes=ARM_PROCESSORS[mcpu].l2_bytes)
+        return replace(self, mcpu=mcpu, l2_bytes=ARM_PROCESSORS[mcpu].l2_bytes)._with_costs()
+
+    def _with_costs(self) -> Target:
+        """With the cost table of this processor; a measured one that is damaged is not used, which the log says."""
+        choice = choose_table(self.machine)
+        if choice.problem is not None:
+            log.warning("%s are used as cost table:\n%s", choice.origin, choice.problem)
+        return replace(self, costs=choice.table)
 
     @staticmethod
     def host() -> Target:
@@ -148,10 +158,7 @@ class Target:
                 table = TARGETS[name]
                 llc_bytes, cores = _host_last_level(table.llc_bytes, table.cores)
                 found = replace(table, l2_bytes=_host_l2_bytes(table.l2_bytes), llc_bytes=llc_bytes, cores=cores)
-                choice = choose_table(found.machine)
-                if choice.problem is not None:
-                    log.warning("%s are used as cost table:\n%s", choice.origin, choice.problem)
-                return replace(found, costs=choice.table)
+                return found._with_costs()
         raise TargetError(
             f"this processor ({platform.machine()}) has neither AVX2 with FMA nor AVX-512",
             why="planish's CPU kernels are written for those levels",
@@ -201,6 +208,9 @@ _LEVELS = (
     ArmLevel("armv7", "32-bit ARM with NEON", "armv7", "armv7a-linux-gnueabihf", "cortex-a7", _NEON, 16, 0),
 )
 ARM_LEVELS = {level.isa: level for level in _LEVELS}
+
+GIGAHERTZ, GIGABYTES = 2.0, 10.0
+"""Clock and bytes a second from memory that cost tables of ARM processors assume: nothing is timed on ARM."""
 
 
 @dataclass(frozen=True)

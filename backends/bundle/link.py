@@ -8,7 +8,7 @@ from pathlib import Path
 from planish.backends.bundle import toolchain
 from planish.targets import ArmLevel
 
-_FLAGS = ("-O2", "-fPIC", "-ffunction-sections", "-fdata-sections", "-pthread")
+_FLAGS = ("-Os", "-fPIC", "-ffunction-sections", "-fdata-sections", "-pthread")
 _SHARED = ("-shared", "-Wl,-z,max-page-size=4096", "-Wl,-z,noseparate-code", "-Wl,--gc-sections", "-s", "-pthread")
 
 VARIANTS = {"": (), "_single": ("SINGLE_THREAD",)}

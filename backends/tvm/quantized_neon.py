@@ -15,7 +15,7 @@ from planish.backends.tvm.kernel import Packed
 from planish.backends.tvm.neon_products import LANES, products_of
 from planish.backends.tvm.neon_tile import build_neon_tile, middle, stacked, units_of_block
 from planish.backends.tvm.quantized import IntegerTiles
-from planish.backends.tvm.stage import Block, Stage, StageCode, choose_rows
+from planish.backends.tvm.stage import Block, Stage, StageCode
 from planish.formats import Format
 from planish.targets import Target
 
@@ -73,16 +73,20 @@ class NeonTiles(IntegerTiles):
 
     def multiply_codes(self, code: StageCode, block: Block, row: Expr, left: Expr, opened: Any) -> None:
         """Tiles of as many rows as there are: seven are four, two and one."""
+        with T.If(left >= self.rows):
+            with T.Then():
+                self._tiles(code, block, row, self.rows)
+            with T.Else():
+                for rows in self.products.tiles:
+                    if rows < self.rows:
+                        with T.If(T.bitwise_and(left, i32(rows)) > 0), T.Then():
+                            self._tiles(code, block, T.bind(row + (left - T.floormod(left, 2 * rows))), rows)
 
-        def call(count: int) -> None:
-            done = 0
-            for rows, vectors in self.products.tiles.items():
-                while count - done >= rows:
-                    for column in range(0, block.columns, vectors * LANES):
-                        self._call(code, block, T.bind(row + done), rows, column)
-                    done += rows
-
-        choose_rows(left, self.rows, call)
+    def _tiles(self, code: StageCode, block: Block, row: Expr, rows: int) -> None:
+        """All columns of a block, for some rows from ``row`` on."""
+        vectors = self.products.tiles[rows]
+        for column in range(0, block.columns, vectors * LANES):
+            self._call(code, block, row, rows, column)
 
     def _call(self, code: StageCode, block: Block, row: Expr, rows: int, column: int) -> None:
         """A tile whose first column is the block's ``column``-th."""

@@ -61,12 +61,12 @@ def measure_tile(form: str, level: str, rows: int, cpus: Sequence[str], folder: 
     """
     folder.mkdir(parents=True, exist_ok=True)
     weight = Format.parse(form).weight
-    found = list[_Built]()
+    found = list[Built]()
     for cpu in cpus:
         target = Target.parse(ARM_LEVELS[level].target)
         fits = cpu in ARM_PROCESSORS and ARM_LEVELS[level] in ARM_PROCESSORS[cpu].levels
         target = target.tuned(cpu) if fits else target
-        found.append(_build(form, target, rows, cpu, folder))
+        found.append(build_quantized(form, target, rows, cpu, folder))
     first = found[0]
     cycles = {cpu: round(built.macs_per_cycle, 2) for cpu, built in zip(cpus, found, strict=True)}
     return TileRow(
@@ -83,7 +83,9 @@ def measure_tile(form: str, level: str, rows: int, cpus: Sequence[str], folder: 
 
 
 @dataclass(frozen=True)
-class _Built:
+class Built:
+    """What is known of a tile's code, see ``TileRow``."""
+
     instructions: int
     macs_per_cycle: float
     nbytes: int
@@ -91,7 +93,12 @@ class _Built:
     error: float
 
 
-def _build(form: str, target: Target, rows: int, cpu: str, folder: Path) -> _Built:
+def build_quantized(form: str, target: Target, rows: int, cpu: str, folder: Path) -> Built:
+    """Build and run the tile of a format for some rows; its cycles are modelled on ``cpu``.
+
+    Raises:
+        ToolchainError: a tool is missing, or the code failed.
+    """
     weight, products = Format.parse(form).weight, products_of(target)
     level, columns = ARM_LEVELS[target.isa], products.tiles[rows] * LANES
     symbol = f"planish_tile_{rows}"
@@ -126,7 +133,7 @@ def _build(form: str, target: Target, rows: int, cpu: str, folder: Path) -> _Bui
     listed = toolchain.call([f"{tools}nm", "-S", "tile.o"], folder)
     nbytes = max(int(size, 16) for size in re.findall(rf"^\S+ (\S+) [tT] {symbol}", listed, re.MULTILINE))
     error = ((got - want).norm() / want.norm()).item()
-    return _Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(assembly), error)
+    return Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(assembly), error)
 
 
 def spills(assembly: str) -> int:

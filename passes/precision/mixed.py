@@ -117,7 +117,8 @@ class _Work:
         found = replace(found, solution=solution)
         self.result.notes += [Note.at(QuantizeMixed.name, sites[0].layers[0].node, text) for text in swaps]
         measured = measure(simulation, dict(enumerate(found.treatments)), loss, samples[:MEASURED_SAMPLES])
-        self.program.assignment = explain(sites, by_site, scores, found, loss, measured)
+        chosen, table = explain(sites, by_site, scores, found, loss, measured), self.target.costs
+        self.program.assignment = replace(chosen, processor=table.machine.processor if table else "")
         rewriter = Rewriter(self.program, QuantizeMixed.name, self.result)
         for site, treatment in zip(sites, found.treatments, strict=True):
             if treatment.format is not None:
