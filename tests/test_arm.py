@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,14 @@ from torch import nn
 import planish
 from planish.backends.bundle import toolchain
 from planish.backends.bundle.check import check_bundle
+from planish.backends.bundle.elf import localised
 from planish.backends.bundle.sizes import in_c
 from planish.backends.tvm.backend import TvmBackend
+from planish.costs import FP32
 from planish.errors import InputError, TargetError, ToolchainError, UnknownNameError, UnsupportedOpsError
 from planish.passes import default_pipeline
 from planish.passes.precision import QuantizeUniform
+from planish.passes.precision.sites import MENU
 from planish.program import dim_symbol
 from planish.targets import ARM_LEVELS, Target
 
@@ -196,6 +201,7 @@ def test_two_models_in_a_program(tmp_path: Path) -> None:
     toolchain.call([cc, "-Ione", "-Itwo", "main.c", *shared, "-o", "main"], tmp_path)
     text = toolchain.call([*toolchain.emulator(LEVEL), "-cpu", "cortex-a76", "./main"], tmp_path)
     assert text == "1 3 0 5 9 0 1\n" * 2
+    assert _names(f"{tools}nm", tmp_path / "one/libone.a") == _names(f"{tools}nm", tmp_path / "one/libone_single.a")
     used = toolchain.call([f"{tools}nm", "-u", single[0] + ".so", "-D"], tmp_path)
     assert "pthread" not in used
     exported = toolchain.call([f"{tools}nm", "-D", "--defined-only", "one/libone.so"], tmp_path)
@@ -242,6 +248,59 @@ def test_the_c_code_under_sanitizers(threads: str, tmp_path: Path) -> None:
 
 
 SANITIZED = ("-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def test_a_budget_by_modelled_times(tmp_path: Path) -> None:
+    """The bundle's output differs from the model's by what the report foretells."""
+    batches = [(torch.randn(13, 64, generator=torch.Generator().manual_seed(i)),) for i in range(8)]
+    slow = compiled("arm:cortex-a55", budget=planish.Budget(bits=8.5), calibration=batches).assignment
+    call = compiled("arm:cortex-a55", budget=planish.Budget(ms=0.95 * slow.ms), calibration=batches)
+    chosen = call.assignment
+    assert chosen.ms <= 0.95 * slow.ms < chosen.ms_fp32
+    assert "ms by the cost table" in chosen.table()
+    assert "of cortex-a76, modelled at 2 GHz and 10 GB/s" in chosen.table()
+    call.save(tmp_path)
+    found = check_bundle(tmp_path)
+    assert found.passed, found.text
+    golden = torch.from_numpy(np.fromfile(tmp_path / "golden" / "out0.bin", np.float32)).view(13, 33)
+    loss = 1 - torch.cosine_similarity(golden, perceptron()(data(13)), dim=1).mean().item()
+    assert loss == pytest.approx(chosen.predicted_loss, rel=0.5)
+
+
+@pytest.mark.parametrize("isa", ARM_LEVELS)
+def test_every_level_has_a_cost_table(isa: str) -> None:
+    costs = Target.parse(ARM_LEVELS[isa].target).costs
+    assert costs is not None
+    assert costs.machine.isa == isa
+    assert {FP32, *MENU} == set(costs.formats)
+
+
+@pytest.mark.parametrize("target", ["arm-int4", "armv7-int4"])
+def test_zig_links_where_there_is_no_gcc(target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name, which=shutil.which: _but_gcc(name, which))
+    compiled(target).save(tmp_path)
+    found = check_bundle(tmp_path)
+    assert found.passed, found.text
+    names = _names("aarch64-linux-gnu-nm", tmp_path / "libmodel.a")
+    assert names == {f"model_{n}" for n in ("arena_bytes", "error", "init", "run", "set_threads")}
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ToolchainError, match="no C compiler for(.|\n)*looked for arm.*gcc and for zig(.|\n)*planish"):
+        compiled("armv7").save(tmp_path)
+
+
+def _but_gcc(name: str, which: Callable[[str], str | None]) -> str | None:
+    return None if name.endswith("gcc") else which(name)
+
+
+def _names(nm: str, library: Path) -> set[str]:
+    """What a static library exports."""
+    text = toolchain.call([nm, "--defined-only", "-g", library], library.parent)
+    return {line.split()[-1] for line in text.splitlines() if len(line.split()) == 3}
+
+
+def test_only_object_files_have_their_symbols_made_local() -> None:
+    with pytest.raises(ToolchainError, match="no relocatable"):
+        localised(b"\x7fELF and so on, but no object file", {"main"})
 
 
 def test_what_cannot_be_saved(tmp_path: Path) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from planish.backends.bundle import toolchain
+from planish.backends.bundle.elf import localised
 from planish.targets import ArmLevel
 
 _FLAGS = ("-Os", "-fPIC", "-ffunction-sections", "-fdata-sections", "-pthread")
-_SHARED = ("-shared", "-Wl,-z,max-page-size=4096", "-Wl,-z,noseparate-code", "-Wl,--gc-sections", "-s", "-pthread")
+_SHARED = ("-Wl,-z,max-page-size=4096", "-Wl,--gc-sections", "-s", "-pthread")
 
 VARIANTS = {"": (), "_single": ("SINGLE_THREAD",)}
 """Ends of the libraries' names to what is defined for them, behind the prefix."""
@@ -22,23 +23,22 @@ def link(folder: Path, prefix: str, level: ArmLevel, codes: Sequence[bytes]) -> 
 
     Each library also without threads, as ``libPREFIX_single``.
     """
-    cc, tools = toolchain.compiler(level)
+    tools = toolchain.tools(level)
     objects: list[str] = []
     for i, code in enumerate(codes):
         (folder / f"code{i}.o").write_bytes(code)
         objects.append(f"code{i}.o")
-    keep, shim = folder / "exports", "shim.o"
-    keep.write_text("".join(f"{prefix}_{n}\n" for n in EXPORTS))
+    shim, exported = "shim.o", {f"{prefix}_{name}" for name in EXPORTS}
     for end, words in VARIANTS.items():
-        whole, defined = f"{prefix}{end}.o", [f"-D{prefix.upper()}_{word}" for word in words]
-        toolchain.call([cc, *_FLAGS, *defined, "-c", f"{prefix}.c", "-o", shim], folder)
-        toolchain.call([f"{tools}ld", "-r", "-o", whole, shim, *objects], folder)
-        toolchain.call([f"{tools}objcopy", f"--keep-global-symbols={keep.name}", whole], folder)
+        whole, defined = folder / f"{prefix}{end}.o", [f"-D{prefix.upper()}_{word}" for word in words]
+        toolchain.call([*tools.cc, *_FLAGS, *defined, "-c", f"{prefix}.c", "-o", shim], folder)
+        toolchain.call([*tools.cc, "-r", "-nostdlib", "-o", whole.name, shim, *objects], folder)
+        whole.write_bytes(localised(whole.read_bytes(), exported))
         (folder / f"lib{prefix}{end}.a").unlink(missing_ok=True)
-        toolchain.call([f"{tools}ar", "rcsD", f"lib{prefix}{end}.a", whole], folder)
-        toolchain.call([cc, *_SHARED, "-o", f"lib{prefix}{end}.so", whole, "-lm"], folder)
-        (folder / whole).unlink()
+        toolchain.call([*tools.ar, "rcsD", f"lib{prefix}{end}.a", whole.name], folder)
+        toolchain.call([*tools.shared, *_SHARED, "-o", f"lib{prefix}{end}.so", whole.name, "-lm"], folder)
+        whole.unlink()
     check = f"{prefix}_check"
-    toolchain.call([cc, "-O2", "-o", check, f"{check}.c", f"lib{prefix}.a", "-lm", "-pthread"], folder)
-    for name in (shim, keep.name, *objects):
+    toolchain.call([*tools.program, "-O2", "-o", check, f"{check}.c", f"lib{prefix}.a", "-lm", "-pthread"], folder)
+    for name in (shim, *objects):
         (folder / name).unlink()

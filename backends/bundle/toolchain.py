@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from planish.errors import ToolchainError
@@ -17,20 +20,62 @@ SECONDS = 300
 """After which a tool is stopped."""
 
 
+@dataclass(frozen=True)
+class Tools:
+    """Commands that link bundles.
+
+    Attributes:
+        cc: C compiler and linker.
+        shared: the same, that makes a shared library whose code is on pages with other data.
+        program: the same, that makes a program which runs here under an emulator.
+        ar: archiver.
+    """
+
+    cc: tuple[str, ...]
+    shared: tuple[str, ...]
+    program: tuple[str, ...]
+    ar: tuple[str, ...]
+
+
+def tools(level: ArmLevel) -> Tools:
+    """The cross compiler of Debian for a level, or else zig, of the ``arm`` extra.
+
+    Zig's programs are linked with musl, statically: they need no C library of the level's here, nor on a board.
+
+    Raises:
+        ToolchainError: there is neither.
+    """
+    name = prefix(level)
+    if shutil.which(name + "gcc"):
+        cc = (name + "gcc",)
+        return Tools(cc, (*cc, "-shared", "-Wl,-z,noseparate-code"), cc, (name + "ar",))
+    if importlib.util.find_spec("ziglang"):
+        zig = (sys.executable, "-m", "ziglang")
+        system = "linux-gnu" if level.arch == "aarch64" else "linux-gnueabihf"
+        cpu = () if level.arch == "aarch64" else ("-mcpu=cortex_a7",)
+        cc, program = (
+            (*zig, "cc", "-target", f"{level.arch}-{s}", *cpu) for s in (system, system.replace("gnu", "musl"))
+        )
+        return Tools(cc, (*cc, "-shared"), (*program, "-static"), (*zig, "ar"))
+    raise ToolchainError(
+        f"no C compiler for {level.isa}",
+        where=f"looked for {name}gcc and for zig",
+        fix=f"apt-get install gcc-{name[:-1]}, or pip install 'planish[arm]'",
+    )
+
+
 def compiler(level: ArmLevel) -> tuple[str, str]:
-    """Commands of a level's C compiler and of its binutils, without the tool's name: ``aarch64-linux-gnu-``.
+    """gcc's command for a level, and the beginning of its binutils' names: ``aarch64-linux-gnu-``.
 
     Raises:
         ToolchainError: there is none.
     """
-    tools = prefix(level)
-    if shutil.which(tools + "gcc") is None:
+    name = prefix(level)
+    if shutil.which(name + "gcc") is None:
         raise ToolchainError(
-            f"no C compiler for {level.isa}",
-            where=f"looked for {tools}gcc",
-            fix=f"apt-get install gcc-{tools[:-1]}",
+            f"no C compiler for {level.isa}", where=f"looked for {name}gcc", fix=f"apt-get install gcc-{name[:-1]}"
         )
-    return tools + "gcc", tools
+    return name + "gcc", name
 
 
 def prefix(level: ArmLevel) -> str:
