@@ -229,8 +229,8 @@ def test_the_c_code_under_sanitizers(threads: str, tmp_path: Path) -> None:
         call = compiled("arm-int4")
         call.save(tmp_path / name, prefix=name)
         twin = TvmBackend().compile(call._compiled.executable.program, call.target.twin)  # pyright: ignore
-        for i, (code, _) in enumerate(twin.objects):
-            (tmp_path / name / f"code{i}.o").write_bytes(code)
+        for i, each in enumerate(twin.objects):
+            (tmp_path / name / f"code{i}.o").write_bytes(each.code)
         codes = [f"code{i}.o" for i in range(len(twin.objects))]
         shim = ["gcc", *SANITIZED, *([threads] if threads and name == "one" else []), "-c", f"{name}.c"]
         toolchain.call([*shim, "-o", "shim.o"], tmp_path / name)
@@ -284,7 +284,7 @@ def test_zig_links_where_there_is_no_gcc(target: str, tmp_path: Path, monkeypatc
     names = _names("aarch64-linux-gnu-nm", tmp_path / "libmodel.a")
     assert names == {f"model_{n}" for n in ("arena_bytes", "error", "init", "run", "set_threads")}
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ToolchainError, match="no C compiler for(.|\n)*looked for arm.*gcc and for zig(.|\n)*planish"):
+    with pytest.raises(ToolchainError, match=r"no C compiler for(.|\n)*looked for arm.*gcc and for zig(.|\n)*planish"):
         compiled("armv7").save(tmp_path)
 
 

@@ -63,7 +63,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.C
     def build(functions: dict[str, tvm.tirx.PrimFunc]) -> ctypes.CDLL:
         folder = Path(tmp_path_factory.mktemp("tile"))
         variables = {tvm.ir.GlobalVar(name): func for name, func in functions.items()}
-        (folder / "tile.o").write_bytes(object_code(variables, TARGETS["cpu-avx2"])[0])
+        (folder / "tile.o").write_bytes(object_code(variables, TARGETS["cpu-avx2"]).code)
         subprocess.run(["cc", "-shared", "-o", folder / "tile.so", folder / "tile.o"], check=True)
         return ctypes.CDLL(str(folder / "tile.so"))
 

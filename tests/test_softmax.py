@@ -176,7 +176,7 @@ def test_only_streams_store_past_the_caches(target: Target) -> None:
     x = torch.randn(2, 4096)
     for schedule in SCHEDULES:
         objects = planish.compile(forced("softmax", schedule), (x,), target)._compiled.executable.objects  # pyright: ignore
-        assembly = "".join(text for _, text in objects)
+        assembly = "".join(o.assembly for o in objects)
         assert ("vmovntps" in assembly) == (schedule == "two-pass-stream")
         assert ("sfence" in assembly) == (schedule == "two-pass-stream")
 

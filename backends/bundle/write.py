@@ -191,7 +191,7 @@ def write_bundle(folder: Path, bundle: Bundle) -> None:
     for stem, tensors in (("in", golden.inputs), ("out", golden.outputs)):
         for i, tensor in enumerate(tensors):
             (data / f"{stem}{i}.bin").write_bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    link(folder, prefix, ARM_LEVELS[bundle.target.isa], [code for code, _ in executable.objects])
+    link(folder, prefix, ARM_LEVELS[bundle.target.isa], [o.code for o in executable.objects])
     manifest = {
         "model": bundle.title,
         "prefix": prefix,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from threading import Lock
 
 import tvm
 
 from planish.backends.base import Unsupported
-from planish.backends.tvm.codegen import ENTRY, build_main, compile_module
+from planish.backends.tvm.codegen import ENTRY, ObjectCode, build_main, compile_module
 from planish.backends.tvm.cross import CrossExecutable
 from planish.backends.tvm.executable import TvmExecutable
 from planish.backends.tvm.kernel import Module
@@ -38,27 +39,21 @@ class TvmBackend:
         ]
         blob, offsets = build_blob(constants, target.lanes)
         main = build_main(program, lowering.plan, lowering.outputs, offsets)
-        objects = _machine_code(lowering.module, main)
         functions = lowering.module.functions | lowering.module.tiles | {ENTRY: main}
         tir = {name: func.script() for name, func in functions.items()}
+        objects = _machine_code(lowering.module, main, tir)
         made = CrossExecutable if target.is_cross else TvmExecutable
         return made(program, lowering.plan, lowering.outputs, blob, objects, tir)
 
 
-_cache: OrderedDict[bytes, list[tuple[bytes, str]]] = OrderedDict()
+_cache: OrderedDict[bytes, list[ObjectCode]] = OrderedDict()
 _cache_lock = Lock()
 _CACHE_ENTRIES = 16
 
 
-def _machine_code(module: Module, main: tvm.tirx.PrimFunc) -> list[tuple[bytes, str]]:
-    """Object code and assembly; equal modules for equal targets are compiled once in a process."""
-    text = "\n".join(
-        [
-            repr(module.target),
-            *(f"{n}\n{f.script()}" for n, f in (module.functions | module.tiles).items()),
-            main.script(),
-        ]
-    )
+def _machine_code(module: Module, main: tvm.tirx.PrimFunc, tir: Mapping[str, str]) -> list[ObjectCode]:
+    """Object code; modules of equal text for equal targets are compiled once in a process."""
+    text = "\n".join([repr(module.target), *(f"{name}\n{text}" for name, text in tir.items())])
     key = hashlib.sha256(text.encode()).digest()
     with _cache_lock:
         if key in _cache:

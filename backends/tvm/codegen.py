@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +51,6 @@ def lowering_passes() -> tvm.transform.Pass:
             t.StorageRewrite(),
             t.UnrollLoop(),
             s_tir.transform.StmtSimplify(),
-            t.RemoveNoOp(),
             t.LowerTVMBuiltin(),
             t.LowerIntrin(),
         ]
@@ -109,20 +111,47 @@ def build_main(program: Program, plan: Plan, outputs: list[int], offsets: dict[i
     return f.func
 
 
-def compile_module(module: Module, main: tirx.PrimFunc) -> list[tuple[bytes, str]]:
-    """Object code and assembly text of the kernels with the model's function, and of the tiles."""
+def compile_module(module: Module, main: tirx.PrimFunc) -> list[ObjectCode]:
+    """Object code of the kernels with the model's function, and of the tiles."""
     kernels = {name: func.with_attr("global_symbol", name) for name, func in module.functions.items()}
     functions = {tvm.ir.GlobalVar(name): func for name, func in (kernels | {ENTRY: main}).items()}
     tiles = {tvm.ir.GlobalVar(name): func for name, func in module.tiles.items()}
     return [object_code(f, module.target) for f in (functions, tiles) if f]
 
 
-def object_code(functions: dict[tvm.ir.GlobalVar, tirx.PrimFunc], target: Target) -> tuple[bytes, str]:
-    """Object code and assembly text of functions."""
-    llvm = llvm_target(target)
-    lowered = lowering_passes()(tirx.transform.BindTarget(llvm)(tvm.IRModule(functions)))
-    code = tvm.get_global_func("target.build.llvm")(lowered, llvm)
+Functions = Mapping[tvm.ir.GlobalVar, tirx.PrimFunc]
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectCode:
+    """Machine code of functions.
+
+    Attributes:
+        code: as an object file.
+        functions: what it was made from.
+        target: what it is for.
+    """
+
+    code: bytes
+    functions: Functions
+    target: Target
+
+    @cached_property
+    def assembly(self) -> str:
+        """As text; the functions are compiled once more for it, when it is asked for."""
+        return _compiled(self.functions, self.target).inspect_source("asm")
+
+
+def object_code(functions: Functions, target: Target) -> ObjectCode:
+    """Compile functions."""
+    code = _compiled(functions, target)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "code.o"
         code.write_to_file(str(path), "o")
-        return path.read_bytes(), code.inspect_source("asm")
+        return ObjectCode(path.read_bytes(), functions, target)
+
+
+def _compiled(functions: Functions, target: Target) -> Any:
+    llvm = llvm_target(target)
+    lowered = lowering_passes()(tirx.transform.BindTarget(llvm)(tvm.IRModule(dict(functions))))
+    return tvm.get_global_func("target.build.llvm")(lowered, llvm)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from planish.backends.reference import ReferenceExecutable
+from planish.backends.tvm.codegen import ObjectCode
 from planish.backends.tvm.executable import split_assembly
 from planish.plan import Plan
 from planish.program import Program
@@ -21,7 +22,7 @@ class CrossExecutable(ReferenceExecutable):
         plan: its buffers and kernel calls.
         outputs: the buffer of each output.
         blob: weights, as the kernels read them.
-        objects: object code, with its assembly.
+        objects: object code.
         tir: of each function.
     """
 
@@ -29,7 +30,7 @@ class CrossExecutable(ReferenceExecutable):
     plan: Plan
     outputs: list[int]
     blob: torch.Tensor
-    objects: list[tuple[bytes, str]]
+    objects: list[ObjectCode]
     tir: dict[str, str]
 
     def __post_init__(self) -> None:
@@ -42,7 +43,7 @@ class CrossExecutable(ReferenceExecutable):
 
     def sources(self) -> list[tuple[str, str, str]]:
         """(name, TIR, assembly) of every function."""
-        assembly = [split_assembly(text) for _, text in self.objects]
+        assembly = [split_assembly(o.assembly) for o in self.objects]
         return [(name, tir, next((a[name] for a in assembly if name in a), "")) for name, tir in self.tir.items()]
 
     def weights_bytes(self) -> int:

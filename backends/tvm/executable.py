@@ -14,7 +14,7 @@ import torch
 
 from planish.backends.base import KernelTime
 from planish.backends.tvm import runtime
-from planish.backends.tvm.codegen import ENTRY, STATUS_FAILED
+from planish.backends.tvm.codegen import ENTRY, STATUS_FAILED, ObjectCode
 from planish.backends.tvm.expr import DIVISION_BY_ZERO
 from planish.backends.tvm.pack import aligned
 from planish.errors import InputError, KernelError
@@ -55,7 +55,7 @@ class TvmExecutable:
         plan: Plan,
         outputs: list[int],
         blob: torch.Tensor,
-        objects: list[tuple[bytes, str]],
+        objects: list[ObjectCode],
         tir: dict[str, str],
     ) -> None:
         self.plan = plan
@@ -67,7 +67,7 @@ class TvmExecutable:
         self._output_buffers = tuple(dict.fromkeys(outputs))
         self._order = tuple(self._output_buffers.index(o) for o in outputs)
         self._dtypes = tuple(program.outputs[outputs.index(o)].dtype for o in self._output_buffers)
-        self._lib = runtime.load_library(*[code for code, _ in objects])
+        self._lib = runtime.load_library(*[o.code for o in objects])
         self._main: Any = getattr(self._lib, ENTRY)
         inputs = len(program.inputs)  # the state's buffers are the last of them
         pointers = inputs + len(self._output_buffers) + 3
@@ -207,7 +207,7 @@ class TvmExecutable:
 
     def sources(self) -> list[tuple[str, str, str]]:
         """(name, TIR, assembly) of every function; small kernels are inlined into the model's function."""
-        assembly = [split_assembly(text) for _, text in self.objects]
+        assembly = [split_assembly(o.assembly) for o in self.objects]
         return [(name, tir, next((a[name] for a in assembly if name in a), "")) for name, tir in self._tir.items()]
 
     def weights_bytes(self) -> int:

@@ -94,10 +94,10 @@ def _fp32(target: Target, cpu: str) -> dict[int, float]:
     for rows in (1, block.rows):
         kind = {"ragged": False, "biased": False, "cold": False}
         tile = build_tile("planish_tile", rows, block.vectors, target.lanes, **kind)
-        code, _ = object_code({tvm.ir.GlobalVar("planish_tile"): tile}, target)
+        code = object_code({tvm.ir.GlobalVar("planish_tile"): tile}, target)
         with tempfile.TemporaryDirectory(prefix="planish-arm-") as name:
             folder = Path(name)
-            (folder / "tile.o").write_bytes(code)
+            (folder / "tile.o").write_bytes(code.code)
             sizes = {"rows": rows, "k": DEPTH, "n": COLUMNS, "columns": block.vectors * target.lanes}
             (folder / "main.c").write_text(MAIN % sizes)
             cc, _ = toolchain.compiler(level)

@@ -107,8 +107,8 @@ def build_quantized(form: str, target: Target, rows: int, cpu: str, folder: Path
         name: build_neon_tile(name, weight, products, rows, columns, at // LANES, biased=False, long=False)
         for at, name in reversed(begins.items())
     }
-    code, assembly = object_code({tvm.ir.GlobalVar(name): tile for name, tile in tiles.items()}, target)
-    (folder / "tile.o").write_bytes(code)
+    code = object_code({tvm.ir.GlobalVar(name): tile for name, tile in tiles.items()}, target)
+    (folder / "tile.o").write_bytes(code.code)
     want = _write_data(form, products.columns, rows, folder)
     facts = {
         "tiles": [(name, at) for at, name in begins.items()],
@@ -133,7 +133,7 @@ def build_quantized(form: str, target: Target, rows: int, cpu: str, folder: Path
     listed = toolchain.call([f"{tools}nm", "-S", "tile.o"], folder)
     nbytes = max(int(size, 16) for size in re.findall(rf"^\S+ (\S+) [tT] {symbol}", listed, re.MULTILINE))
     error = ((got - want).norm() / want.norm()).item()
-    return Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(assembly), error)
+    return Built(instructions, rows * COLUMNS * DEPTH / cycles, nbytes, spills(code.assembly), error)
 
 
 def spills(assembly: str) -> int:
