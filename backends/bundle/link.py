@@ -39,6 +39,6 @@ def link(folder: Path, prefix: str, level: ArmLevel, codes: Sequence[bytes]) -> 
         toolchain.call([*tools.shared, *_SHARED, "-o", f"lib{prefix}{end}.so", whole.name, "-lm"], folder)
         whole.unlink()
     check = f"{prefix}_check"
-    toolchain.call([*tools.program, "-O2", "-o", check, f"{check}.c", f"lib{prefix}.a", "-lm", "-pthread"], folder)
+    toolchain.call([*tools.cc, "-O2", "-o", check, f"{check}.c", f"lib{prefix}.a", "-lm", "-pthread"], folder)
     for name in (shim, *objects):
         (folder / name).unlink()

@@ -27,20 +27,18 @@ class Tools:
     Attributes:
         cc: C compiler and linker.
         shared: the same, that makes a shared library whose code is on pages with other data.
-        program: the same, that makes a program which runs here under an emulator.
         ar: archiver.
     """
 
     cc: tuple[str, ...]
     shared: tuple[str, ...]
-    program: tuple[str, ...]
     ar: tuple[str, ...]
 
 
 def tools(level: ArmLevel) -> Tools:
     """The cross compiler of Debian for a level, or else zig, of the ``arm`` extra.
 
-    Zig's programs are linked with musl, statically: they need no C library of the level's here, nor on a board.
+    At its first use zig builds its runtime libraries, for a minute or two.
 
     Raises:
         ToolchainError: there is neither.
@@ -48,15 +46,12 @@ def tools(level: ArmLevel) -> Tools:
     name = prefix(level)
     if shutil.which(name + "gcc"):
         cc = (name + "gcc",)
-        return Tools(cc, (*cc, "-shared", "-Wl,-z,noseparate-code"), cc, (name + "ar",))
+        return Tools(cc, (*cc, "-shared", "-Wl,-z,noseparate-code"), (name + "ar",))
     if importlib.util.find_spec("ziglang"):
         zig = (sys.executable, "-m", "ziglang")
-        system = "linux-gnu" if level.arch == "aarch64" else "linux-gnueabihf"
-        cpu = () if level.arch == "aarch64" else ("-mcpu=cortex_a7",)
-        cc, program = (
-            (*zig, "cc", "-target", f"{level.arch}-{s}", *cpu) for s in (system, system.replace("gnu", "musl"))
-        )
-        return Tools(cc, (*cc, "-shared"), (*program, "-static"), (*zig, "ar"))
+        system = "aarch64-linux-gnu" if level.arch == "aarch64" else "arm-linux-gnueabihf"
+        cc = (*zig, "cc", "-target", system, *(() if level.arch == "aarch64" else ("-mcpu=cortex_a7",)))
+        return Tools(cc, (*cc, "-shared"), (*zig, "ar"))
     raise ToolchainError(
         f"no C compiler for {level.isa}",
         where=f"looked for {name}gcc and for zig",
@@ -95,6 +90,9 @@ def emulator(level: ArmLevel) -> list[str]:
             f"no emulator for {level.isa}", where=f"looked for {name}", fix="apt-get install qemu-user"
         )
     root = Path("/usr") / prefix(level)[:-1]
+    if not root.is_dir():
+        package = "libc6-dev-arm64-cross" if level.arch == "aarch64" else "libc6-dev-armhf-cross"
+        raise ToolchainError(f"no C library of {level.isa} here", where=str(root), fix=f"apt-get install {package}")
     return [name, "-L", str(root)]
 
 
