@@ -172,13 +172,16 @@ static void *load(const char *path, size_t *n) {
 #define USE(P, DIM) do { \\
   size_t n; void *w = load(#P "/weights.bin", &n); const int64_t dims[] = {DIM}, many[] = {65}; \\
   int64_t need = P##_arena_bytes(dims); void *arena = aligned_alloc(64, need); P##_t *m; \\
-  const void *in[] = {load(#P "/golden/in0.bin", &(size_t){0})}; void *out[] = {aligned_alloc(64, 1 << 14)}; \\
+  const void *in[] = {load(#P "/golden/in0.bin", &(size_t){0}), NULL, NULL}; \\
+  void *out[] = {aligned_alloc(64, 1 << 14), NULL}; \\
   printf("%d ", P##_arena_bytes(many) < 0); \\
   printf("%d ", P##_init(&m, arena, 64, w, n)); \\
   printf("%d ", P##_init(&m, arena, need, w, n)); \\
   printf("%d ", P##_run(m, in, out, many)); \\
   printf("%d ", P##_set_threads(m, 0)); \\
   P##_set_threads(m, 2); \\
+  in[1] = in[0], printf("%d ", P##_run(m, in, out, dims)), in[1] = NULL; \\
+  printf("%d ", P##_run(m, in + 1, out, dims)); \\
   int code = P##_run(m, in, out, dims); \\
   float *want = load(#P "/golden/out0.bin", &n), *got = out[0], off = 0; \\
   for (size_t i = 0; i < n / 4; i++) off = off > want[i] - got[i] ? off : want[i] - got[i]; \\
@@ -196,11 +199,11 @@ def test_two_models_in_a_program(tmp_path: Path) -> None:
     for libraries in ([f"{name}.a" for name in threaded], [f"{name}.a" for name in single]):
         toolchain.call([cc, "-Ione", "-Itwo", "main.c", *libraries, "-o", "main", "-lm", "-pthread"], tmp_path)
         text = toolchain.call([*toolchain.emulator(LEVEL), "-cpu", "cortex-a76", "./main"], tmp_path)
-        assert text == "1 3 0 5 9 0 1\n" * 2
+        assert text == "1 3 0 5 9 11 11 0 1\n" * 2
     shared = [f"./{name}.so" for name in threaded]
     toolchain.call([cc, "-Ione", "-Itwo", "main.c", *shared, "-o", "main"], tmp_path)
     text = toolchain.call([*toolchain.emulator(LEVEL), "-cpu", "cortex-a76", "./main"], tmp_path)
-    assert text == "1 3 0 5 9 0 1\n" * 2
+    assert text == "1 3 0 5 9 11 11 0 1\n" * 2
     assert _names(f"{tools}nm", tmp_path / "one/libone.a") == _names(f"{tools}nm", tmp_path / "one/libone_single.a")
     used = toolchain.call([f"{tools}nm", "-u", single[0] + ".so", "-D"], tmp_path)
     assert "pthread" not in used
@@ -244,7 +247,7 @@ def test_the_c_code_under_sanitizers(threads: str, tmp_path: Path) -> None:
     both = ["main.c", "one/whole.o", "two/whole.o"]
     toolchain.call(["gcc", *SANITIZED, "-Ione", "-Itwo", *both, "-o", "main", "-lm", "-pthread"], tmp_path)
     unfreed = ["env", "ASAN_OPTIONS=detect_leaks=0"]
-    assert toolchain.call([*unfreed, "./main"], tmp_path) == "1 3 0 5 9 0 1\n" * 2
+    assert toolchain.call([*unfreed, "./main"], tmp_path) == "1 3 0 5 9 11 11 0 1\n" * 2
 
 
 SANITIZED = ("-g", "-O1", "-Wall", "-Wextra", "-Werror", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
