@@ -80,7 +80,7 @@ def localised(code: bytes, exported: AbstractSet[str]) -> bytes:
     names = entries(sections[sections["link"][table]], np.dtype(np.uint8)).tobytes()
     own = [names[n : names.index(b"\0", n)].decode() for n in symbols["name"].tolist()]
     hidden = [name not in exported for name in own] & (symbols["section"] != _UNDEFINED)
-    symbols["info"] = np.where(hidden, symbols["info"] & 15 | _LOCAL << 4, symbols["info"])
+    symbols["info"] = np.where(hidden, symbols["info"] & 15, symbols["info"])  # binding: _LOCAL
     symbols["other"] = np.where(hidden, 0, symbols["other"])
     is_global = symbols["info"] >> 4 != _LOCAL
     order = np.argsort(is_global, kind="stable")

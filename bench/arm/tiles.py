@@ -154,7 +154,7 @@ def _write_data(form: str, columns: int, rows: int, folder: Path) -> torch.Tenso
     parts |= {"columns": packed_columns(channels, weight)}
     parts |= {"steps": packed_numbers(held.scales.short())} if weight.group else {}
     parts |= (
-        {"sums": a.view(rows, -1, weight.group).sum(2, dtype=torch.int32) * -middle(weight)} if weight.group else {}
+        {"sums": a.view(rows, -1, weight.group).sum(2, dtype=torch.int32) * -middle(weight)} if stacked(weight) else {}
     )
     for name, part in parts.items():
         part.contiguous().numpy().tofile(folder / f"{name}.bin")
