@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from planish.bench import cli as bench
-from planish.errors import PlanishError, ToolchainError, UnknownNameError
+from planish.errors import InputError, PlanishError, TargetError, ToolchainError, UnknownNameError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -224,6 +224,8 @@ def doctor(
     """Show what planish finds on this machine: processor, threads, compilers, packages, measured kernel times."""
     if tune:
         _tune(target)
+    elif target != "cpu":
+        raise InputError("--target says whose layers to model, and nothing is modelled", fix="add --tune")
     else:
         _print_table(["what", "found"], _findings())
 
@@ -234,12 +236,17 @@ def _tune(target: str) -> None:
     from planish.bench import tune
     from planish.bench.arm.costs import modelled_costs
 
-    parsed = planish.Target.parse(target)
+    parsed, host = planish.Target.parse(target), planish.Target.host()
+    if not parsed.is_cross and parsed.isa != host.isa:
+        raise TargetError(
+            f"layers of target {target!r} can be neither measured here nor modelled",
+            fix=f"use cpu, which is {host.isa} here, or an ARM target",
+        )
     with _progress() as advance:
         if parsed.is_cross:
             table = modelled_costs(parsed, advance)
         else:
-            table = tune.run(tune.GRID, planish.Target.host(), planish.compile, advance)
+            table = tune.run(tune.GRID, host, planish.compile, advance)
     path = table.save()
     _print_table(*tune.as_rows(table))
     typer.echo(f"written: {path}")

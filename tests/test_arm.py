@@ -305,6 +305,15 @@ def test_only_object_files_have_their_symbols_made_local() -> None:
         localised(b"\x7fELF and so on, but no object file", {"main"})
 
 
+@pytest.mark.parametrize("level", ["arm", "armv7"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_models_of_half_precision(level: str, dtype: torch.dtype) -> None:
+    model, x = perceptron().to(dtype), data(13).to(dtype)
+    cm = planish.compile(model, (x,), target=level)
+    assert (cm(x) - model(x)).float().norm() < 4 * torch.finfo(dtype).eps * model(x).float().norm()
+    assert max(off_by(cm.check(runner="qemu").text)) <= torch.finfo(dtype).eps / 4
+
+
 def test_what_cannot_be_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot begin C names"):
         compiled("arm").save(tmp_path, prefix="my-model")

@@ -136,6 +136,13 @@ def test_doctor_names_versions_threads_and_route(tmp_path: Path) -> None:
         assert text in done.stdout
 
 
+def test_doctor_tunes_nothing_but_this_machine_and_arm() -> None:
+    other = CliRunner().invoke(app, ["doctor", "--tune", "--target", "reference"])
+    assert "can be neither measured here nor modelled" in str(other.exception)
+    alone = CliRunner().invoke(app, ["doctor", "--target", "arm"])
+    assert "add --tune" in str(alone.exception)
+
+
 def test_doctor_tunes_and_says_which_table_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from planish.bench import tune
 

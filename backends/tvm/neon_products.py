@@ -39,6 +39,10 @@ class Products(ABC):
         """Of a column in a register of weights' codes, and of a row that lie together."""
         return 16 // self.columns
 
+    def of_tile(self, rows: int) -> Products:
+        """How a tile of some rows multiplies the same codes."""
+        return self
+
     def operand(self, load: Callable[[int], Expr], piece: int, cell: int, rows: int) -> Expr:
         """What a cell multiplies by: ``features`` of its rows, the ``piece``-th of a unit.
 
@@ -95,12 +99,13 @@ class MatrixProducts(Products):
 
     name, rows, parts, sums, columns, tiles = "matrix", 2, 2, 2, 2, {8: 1, 4: 2, 2: 4, 1: 4}
 
+    def of_tile(self, rows: int) -> Products:
+        """A single row leaves half of each product unused: it takes ``sdot``."""
+        return self if rows > 1 else _HALF_DOTS
+
     def operand(self, load: Callable[[int], Expr], piece: int, cell: int, rows: int) -> Expr:
-        """A register; one row takes both its places."""
-        if rows > 1:
-            return T.reinterpret("int8x16", load(piece * (rows // 2) + cell))
-        register, half = divmod(piece, 2)
-        return T.reinterpret("int8x16", T.Shuffle([load(register)], [i32(2 * half), i32(2 * half + 1)] * 2))
+        """A register."""
+        return T.reinterpret("int8x16", load(piece * (rows // 2) + cell))
 
     def add(self, parts: list[Any], w: Expr, x: Expr, register: int, pending: dict[int, Any]) -> None:
         """One instruction: registers are the first and the second two columns in turn."""
@@ -118,6 +123,32 @@ class MatrixProducts(Products):
     def of_row(self, sums: list[Expr], row: int) -> Expr:
         """The halves of both registers."""
         return T.Shuffle(sums, [i32(c) for c in (2 * row, 2 * row + 1, 2 * row + 4, 2 * row + 5)])
+
+
+class HalfDotProducts(DotProducts):
+    """``sdot`` for one row of what ``smmla`` takes: two sums for each of two columns."""
+
+    name, parts, columns = "half_dots", 2, 2
+
+    def operand(self, load: Callable[[int], Expr], piece: int, cell: int, rows: int) -> Expr:
+        """Eight codes twice."""
+        register, half = divmod(piece, 2)
+        return T.reinterpret("int8x16", T.Shuffle([load(register)], [i32(2 * half), i32(2 * half + 1)] * 2))
+
+    def add(self, parts: list[Any], w: Expr, x: Expr, register: int, pending: dict[int, Any]) -> None:
+        """One instruction: registers are the first and the second two columns in turn."""
+        super().add(parts[register % 2 :], w, x, register, pending)
+
+    def begun(self, numbers: list[Expr]) -> list[Expr]:
+        """In one of two neighbours."""
+        return _beside_zeros(numbers[0])
+
+    def whole(self, parts: list[Expr]) -> list[Expr]:
+        """Neighbours added."""
+        return _neighbours_added(parts)
+
+
+_HALF_DOTS = HalfDotProducts()
 
 
 class LongProducts(Products):
@@ -146,12 +177,11 @@ class LongProducts(Products):
 
     def begun(self, numbers: list[Expr]) -> list[Expr]:
         """In one of two neighbours."""
-        return [_vector([numbers[0], i32(0)] * 2)] * 2
+        return _beside_zeros(numbers[0])
 
     def whole(self, parts: list[Expr]) -> list[Expr]:
         """Neighbours added: of the first two columns, then of the others."""
-        even, odd = (T.Shuffle(parts, [i32(2 * c + i) for c in range(LANES)]) for i in range(2))
-        return [even + odd]
+        return _neighbours_added(parts)
 
 
 class PortableProducts(Products):
@@ -191,6 +221,17 @@ _WHOLE = T.ramp(0, 1, LANES)
 
 def _vector(numbers: list[Expr]) -> Expr:
     return T.Shuffle(numbers, [i32(i) for i in range(len(numbers))])
+
+
+def _beside_zeros(number: Expr) -> list[Expr]:
+    """Two registers of which neighbours add up to a number."""
+    return [_vector([number, i32(0)] * 2)] * 2
+
+
+def _neighbours_added(parts: list[Expr]) -> list[Expr]:
+    """Of both registers, in one."""
+    even, odd = (T.Shuffle(parts, [i32(2 * c + i) for c in range(LANES)]) for i in range(2))
+    return [even + odd]
 
 
 def _of(register: Any) -> Expr:

@@ -123,13 +123,14 @@ def build_neon_tile(
     Args:
         symbol: C name.
         form: of B, symmetric, with groups or 8 bits.
-        products: how codes are multiplied.
+        products: how the level multiplies codes.
         rows: of the tile, in ``products.tiles``.
         columns: at most four for each of its vectors.
         vector: of the panel, that the tile begins with; where codes are stacked, as B is the whole panel then.
         biased: whether there is a bias.
         long: whether B has more units than ``units_of_block``.
     """
+    products = products.of_tile(rows)
     pointers = ["int8", "uint8", *(["int16"] if form.group else []), *(["int32"] if stacked(form) else [])]
     pointers += ["float32", "float32", "float32"]
     with function(symbol) as f:
