@@ -306,6 +306,17 @@ def test_only_object_files_have_their_symbols_made_local() -> None:
 
 
 @pytest.mark.parametrize("level", ["arm", "armv7"])
+@pytest.mark.parametrize(("channels", "window", "stride"), [(40, 3, 1), (21, 5, 2)])
+def test_depthwise_layers_on_codes(level: str, channels: int, window: int, stride: int) -> None:
+    model = nn.Sequential(nn.Conv2d(channels, channels, window, stride, window // 2, groups=channels), nn.ReLU()).eval()
+    x = torch.randn(2, channels, 9, 11)
+    cm = planish.compile(model, (x,), target=f"{level}-int8", calibration=[(x,)])
+    assert "kernel depthwise_w8a8" in cm.report()
+    assert (cm(x) - model(x)).norm() < 0.02 * model(x).norm()
+    assert max(off_by(cm.check(runner="qemu").text)) <= 1e-6
+
+
+@pytest.mark.parametrize("level", ["arm", "armv7"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_models_of_half_precision(level: str, dtype: torch.dtype) -> None:
     model, x = perceptron().to(dtype), data(13).to(dtype)

@@ -22,6 +22,16 @@ LANES = 4
 """Columns of a cell."""
 
 
+_LONG_PRODUCTS = {"aarch64": "llvm.aarch64.neon.smull.v8i16", "arm": "llvm.arm.neon.vmulls.v8i16"}
+
+
+def long_products(arch: str, a: Expr, b: Expr) -> Expr:
+    """Products of eight bytes, in int16."""
+    if arch in _LONG_PRODUCTS:
+        return T.call_llvm_pure_intrin("int16x8", _LONG_PRODUCTS[arch], a, b)
+    return T.cast(a, "int16x8") * T.cast(b, "int16x8")
+
+
 class Products(ABC):
     """An instruction set's way to multiply."""
 
@@ -154,10 +164,10 @@ _HALF_DOTS = HalfDotProducts()
 class LongProducts(Products):
     """``smull`` and ``smlal``: products in int16, two of which cannot overflow; then pairs are added to int32."""
 
-    parts = 2
+    name, parts = "long", 2
 
-    def __init__(self, name: str, tiles: dict[int, int], multiply: str, widen: str) -> None:
-        self.name, self.tiles, self._multiply, self._widen = name, tiles, multiply, widen
+    def __init__(self, arch: str, tiles: dict[int, int], widen: str) -> None:
+        self.tiles, self._arch, self._widen = tiles, arch, widen
 
     def operand(self, load: Callable[[int], Expr], piece: int, cell: int, rows: int) -> Expr:
         """Four codes twice."""
@@ -168,7 +178,7 @@ class LongProducts(Products):
         """Two instructions; after every other register two more. Codes of activations are not below -127."""
         for half, into in enumerate(parts):
             codes = T.Shuffle([w], [i32(8 * half + i) for i in range(8)])
-            products = T.call_llvm_pure_intrin("int16x8", self._multiply, codes, x)
+            products = long_products(self._arch, codes, x)
             if register % 2 == 0:
                 pending[half] = products
                 continue
@@ -201,13 +211,8 @@ class PortableProducts(Products):
 _PRODUCTS: dict[str, Products] = {
     "armv8-dotprod": DotProducts(),
     "armv8-i8mm": MatrixProducts(),
-    "armv8": LongProducts(
-        "long",
-        {4: 1, 2: 2, 1: 4},
-        "llvm.aarch64.neon.smull.v8i16",
-        "llvm.aarch64.neon.saddlp.v4i32.v8i16",
-    ),
-    "armv7": LongProducts("long", {2: 1, 1: 2}, "llvm.arm.neon.vmulls.v8i16", "llvm.arm.neon.vpaddls.v4i32.v8i16"),
+    "armv8": LongProducts("aarch64", {4: 1, 2: 2, 1: 4}, "llvm.aarch64.neon.saddlp.v4i32.v8i16"),
+    "armv7": LongProducts("arm", {2: 1, 1: 2}, "llvm.arm.neon.vpaddls.v4i32.v8i16"),
 }
 
 

@@ -17,7 +17,7 @@ from planish.backends.tvm.integer_tile import (
     packed_size,
     packed_steps,
 )
-from planish.backends.tvm.quantized_depthwise import packed_pairs
+from planish.backends.tvm.quantized_depthwise import packed_pairs, signed_taps
 from planish.backends.tvm.winograd_tile import PRODUCTS, matrices
 from planish.formats import FORMATS
 from planish.plan import ALIGN
@@ -86,6 +86,7 @@ LAYOUTS: dict[str, Layout] = {
     "numbers": lambda t, width, lanes: packed_numbers(t),
     "steps": lambda t, width, lanes: packed_steps(t),
     "pairs": lambda t, width, lanes: packed_pairs(t, width),
+    "signed taps": lambda t, width, lanes: signed_taps(t),
 }
 """Layout name to packing function (tensors, width, lanes) -> flat tensor; with those of each integer format."""
 

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, for_vectors, i32, lanes_at, splat
 from planish.backends.tvm.kernel import Packed, rows_in_parallel
-from planish.backends.tvm.row_codes import row_codes
+from planish.backends.tvm.row_codes import Quantise, row_codes
 from planish.backends.tvm.stage import Block, Stage, StageCode, Tiles
 from planish.formats import LARGEST_CODE, Format, WeightFormat
 from planish.ops import QUANTIZED_CONVOLUTION, QUANTIZED_LINEAR, has_constant_weight
@@ -66,6 +66,8 @@ class IntegerTiles(Tiles):
     """Codes of a row that are stored together, at most."""
     together_anywhere = 16
     """The same from a feature on that is no multiple of them."""
+    quantise: type[Quantise] = Quantise
+    """Makes codes of fp32 values."""
     sum_factor: int | None = None
     """What the sums of their groups are multiplied by for the tiles; None where these need none."""
 

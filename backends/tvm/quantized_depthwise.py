@@ -1,14 +1,17 @@
 """Depthwise convolutions on codes, the channels last: vectors of channels, a few output pixels of a row in registers.
 
-Two lines of the window are multiplied at once: their codes interleaved, as int16, by ``vpmaddwd``, which adds the two
-products in int32. The image is first copied into a frame of zeros, so that all pixels are alike: of bytes, that is
-cheaper than loops at the edges.
+On AVX2 two lines of the window are multiplied at once: their codes interleaved, as int16, by ``vpmaddwd``, which adds
+the two products in int32. NEON multiplies bytes. The image is first copied into a frame of zeros, so that all pixels
+are alike: of bytes, that is cheaper than loops at the edges.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from math import prod
+from typing import Any, ClassVar
 
 import sympy
 import torch
@@ -21,6 +24,7 @@ from planish.backends.tvm.conv import store_value
 from planish.backends.tvm.index import unflatten_index
 from planish.backends.tvm.integer_tile import LANES, STORED_LESS
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel, rows_in_parallel
+from planish.backends.tvm.neon_products import long_products
 from planish.conv_ops import Window, quantized_window
 from planish.ops import QUANTIZED_CONVOLUTION
 from planish.program import Program
@@ -44,6 +48,11 @@ def packed_pairs(codes: torch.Tensor, taps: int) -> torch.Tensor:
     return even.unflatten(1, (-1, 2)).permute(1, 3, 0, 2).reshape(-1)
 
 
+def signed_taps(codes: torch.Tensor) -> torch.Tensor:
+    """8-bit codes [C, window] as int8 [window][C]."""
+    return (codes.to(torch.int16) - STORED_LESS).to(torch.int8).t().reshape(-1)
+
+
 def lower_quantized_depthwise(module: Module, program: Program, region: Region, anchor: fx.Node) -> Lowered:
     """Kernel of a region around a depthwise convolution on codes.
 
@@ -57,15 +66,16 @@ def lower_quantized_depthwise(module: Module, program: Program, region: Region, 
     frame = batch * channels
     for size, pad in zip(spatial, _around(anchor, window), strict=True):
         frame = frame * (size + pad)
+    way = NeonDepthwise if module.target.is_arm else PairsDepthwise
     packed: list[tuple[Any, str]] = [
-        (Packed(codes, "pairs", window.kernel[-1]), "int16"),  # pyright: ignore
+        (Packed(codes, way.layout, window.kernel[-1]), way.dtype),  # pyright: ignore
         (Packed(scales, "plain", 0), "float32"),  # pyright: ignore
         (Packed(input_scale, "plain", 0), "float32"),  # pyright: ignore
         (Scratch(frame), "int8"),
     ]
     skip: Any = [codes, scales, input_scale]
     with kernel(module, program, region, packed, skip=skip) as (k, out, extras):
-        code = _Depthwise(k, anchor, window, bias, *extras, out)
+        code = way(k, anchor, window, bias, *extras, out)
         code.fill_frame()
         code.emit()
     shape = (batch, channels, *program.shape(anchor)[1:-1], 1, *window.kernel)
@@ -81,7 +91,13 @@ def _around(anchor: fx.Node, window: Window) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Depthwise:
+class _Depthwise(ABC):
+    """Code of the kernel; a subclass knows how an instruction set multiplies."""
+
+    layout: ClassVar[str]
+    """Of the packed weights."""
+    dtype: ClassVar[str]
+
     k: Kernel
     anchor: fx.Node
     window: Window
@@ -139,7 +155,8 @@ class _Depthwise:
         for size in outer:
             tasks = tasks * size
         known = as_int(width)
-        block = next((p for p in PIXELS if known is not None and known % p == 0), PIXELS[0])
+        pixels = self._blocks()
+        block = next((p for p in pixels if known is not None and known % p == 0), pixels[0])
         with rows_in_parallel(T.bind(tasks)) as task:
             row = T.bind(T.truncdiv(task, parts))
             first = T.bind((task - row * parts) * CHANNELS)
@@ -168,25 +185,36 @@ class _Depthwise:
                 value = value + self.k.ev.at(self.bias, (at,))
             store_value(self.k, self.anchor, T.bind(value), self.out, (*place, T.bind(x + i), at), lanes)
 
+    def _blocks(self) -> tuple[int, ...]:
+        """Output pixels that may be computed together, the best first."""
+        return PIXELS
+
+    @abstractmethod
     def _sum(self, place: tuple[Expr, ...], x: Expr, channel: Expr, lanes: int, totals: list[Any]) -> None:
-        """Add the products of all taps to ``totals``, two lines of the window at a time."""
+        """Add the products of all taps to ``totals``."""
+
+    def _line(self, place: tuple[Expr, ...], x: Expr, channel: Expr, line: int) -> Expr:
+        """Where in the frame a line of the window begins."""
+        window, framed = self.window, self._framed()
+        at, *outer = place
+        steps = unflatten_index(window.kernel[:-1], line) if window.rank > 1 else ()
+        for o, step, stride, dilation, size in zip(outer, steps, window.stride, window.dilation, framed, strict=False):
+            at = at * size + (o * stride + step * dilation)
+        channels = self.anchor.meta["val"].shape[-1]
+        return T.bind((at * framed[-1] + x * window.stride[-1]) * channels + channel)
+
+
+class PairsDepthwise(_Depthwise):
+    """Two lines of the window at once, for AVX2."""
+
+    layout, dtype = "pairs", "int16"
+
+    def _sum(self, place: tuple[Expr, ...], x: Expr, channel: Expr, lanes: int, totals: list[Any]) -> None:
         window, channels = self.window, self.anchor.meta["val"].shape[-1]
-        n, *outer = place
-        framed, taps = self._framed(), window.kernel[-1]
-        lines = 1
-        for size in window.kernel[:-1]:
-            lines *= size
+        taps, lines = window.kernel[-1], prod(window.kernel[:-1])
         whole = lanes_at(i32(0), lanes)
         for pair in range(-(-lines // 2)):
-            starts: list[Expr] = []
-            for line in range(2 * pair, min(2 * pair + 2, lines)):
-                steps = unflatten_index(window.kernel[:-1], line) if window.rank > 1 else ()
-                at: Expr = n
-                for o, step, stride, dilation, size in zip(
-                    outer, steps, window.stride, window.dilation, framed, strict=False
-                ):
-                    at = at * size + (o * stride + step * dilation)
-                starts.append(T.bind((at * framed[-1] + x * window.stride[-1]) * channels + channel))
+            starts = [self._line(place, x, channel, line) for line in range(2 * pair, min(2 * pair + 2, lines))]
             loaded: dict[int, Expr] = {}
             for tap in range(taps):
                 place_of = ((pair * taps + tap) * channels + channel) * 2
@@ -209,14 +237,46 @@ class _Depthwise:
 
     def _products(self, codes: Any, weight: Expr, lanes: int) -> Expr:
         """Products of both lines, added, int32."""
-        if lanes > 1 and self.k.module.target.is_arm:
-            wide = f"int32x{2 * lanes}"
-            products = T.bind(T.cast(codes, wide) * T.cast(weight, wide))
-            even, odd = (T.Shuffle([products], [i32(2 * i + part) for i in range(lanes)]) for part in range(2))
-            return even + odd
         if lanes > 1:
             return T.call_llvm_pure_intrin(f"int32x{lanes}", "llvm.x86.avx2.pmadd.wd", codes, weight)
         total: Expr = i32(0)
         for i, code in enumerate(codes):
             total = total + T.cast(code, "int32") * T.cast(self.weights[weight + i], "int32")
         return total
+
+
+class NeonDepthwise(_Depthwise):
+    """Two taps at once: products in int16, the sum of two cannot overflow; then it is added in int32."""
+
+    layout, dtype = "signed taps", "int8"
+
+    def _blocks(self) -> tuple[int, ...]:
+        """As many as fit the registers with what they read."""
+        return PIXELS if self.window.stride[-1] == 1 else PIXELS[-1:]
+
+    def _sum(self, place: tuple[Expr, ...], x: Expr, channel: Expr, lanes: int, totals: list[Any]) -> None:
+        window, channels = self.window, self.anchor.meta["val"].shape[-1]
+        taps, whole = window.kernel[-1], lanes_at(i32(0), lanes)
+        starts = [self._line(place, x, channel, line) for line in range(prod(window.kernel[:-1]))]
+
+        @cache
+        def codes(line: int, offset: int) -> Expr:
+            return T.bind(self.frame[lanes_at(starts[line] + offset * channels, lanes)])
+
+        def product(code: Expr, weight: Expr) -> Expr:
+            if lanes == 1:
+                return T.cast(code, "int32") * T.cast(weight, "int32")
+            return long_products(self.k.module.target.arch, code, weight)
+
+        for first in range(0, len(starts) * taps, 2):
+            both = range(first, min(first + 2, len(starts) * taps))
+            weights = [T.bind(self.weights[lanes_at(tap * channels + channel, lanes)]) for tap in both]
+            for i, total in enumerate(totals):
+                each = list[Expr]()
+                for tap, weight in zip(both, weights, strict=True):
+                    line, own = divmod(tap, taps)
+                    code = codes(line, i * window.stride[-1] + own * window.dilation[-1])
+                    each.append(product(code, weight))
+                products = keep(sum(each[1:], each[0]))  # else TVM would add in int32
+                products = T.cast(products, "int32" if lanes == 1 else f"int32x{lanes}")
+                T.buffer_store(total, total[whole] + products, [whole])

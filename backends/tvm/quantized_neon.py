@@ -12,6 +12,7 @@ from tvm.script.ir_builder import tirx as T
 from planish.backends.tvm.builder import Expr, i32, keep
 from planish.backends.tvm.integer_tile import UNIT, WIDTH, packed_size
 from planish.backends.tvm.kernel import Packed
+from planish.backends.tvm.neon_codes import NeonQuantise
 from planish.backends.tvm.neon_products import LANES, products_of
 from planish.backends.tvm.neon_tile import build_neon_tile, middle, stacked, units_of_block
 from planish.backends.tvm.quantized import IntegerTiles
@@ -32,11 +33,14 @@ class NeonTiles(IntegerTiles):
     """Products of bytes."""
 
     width, unit, code_dtype, together, together_anywhere = WIDTH, UNIT, "int8", 4, 1
+    quantise = NeonQuantise
 
     def __init__(self, target: Target, stage: Stage) -> None:
         super().__init__(target, stage)
         self.products = products_of(target)
-        self.rows = max(self.products.tiles)
+        best = target.costs and target.costs.tile_rows(self.form.name, stage.columns, stage.depth)
+        self.tiles = {rows: vectors for rows, vectors in self.products.tiles.items() if rows <= (best or rows)}
+        self.rows = max(self.tiles)
         self.sum_factor = -middle(self.form.weight) if stacked(self.form.weight) else None
         self.weight_bytes = packed_size((stage.columns, stage.depth), self.form.weight)
 
@@ -54,7 +58,7 @@ class NeonTiles(IntegerTiles):
         start = T.bind(T.floordiv(at, self.rows) * self.rows)
         left, own = T.bind(T.min(code.count - start, self.rows)), T.bind(at - start)
         rows: Expr = i32(1)
-        for size in sorted(self.products.tiles):
+        for size in sorted(self.tiles):
             begin = left - T.floormod(left, 2 * size)
             within = tirx.And(T.bitwise_and(left, i32(size)) > 0, tirx.And(own >= begin, own < begin + size))
             rows = tirx.Select(within, i32(size), rows)
@@ -77,14 +81,14 @@ class NeonTiles(IntegerTiles):
             with T.Then():
                 self._tiles(code, block, row, self.rows)
             with T.Else():
-                for rows in self.products.tiles:
+                for rows in self.tiles:
                     if rows < self.rows:
                         with T.If(T.bitwise_and(left, i32(rows)) > 0), T.Then():
                             self._tiles(code, block, T.bind(row + (left - T.floormod(left, 2 * rows))), rows)
 
     def _tiles(self, code: StageCode, block: Block, row: Expr, rows: int) -> None:
         """All columns of a block, for some rows from ``row`` on."""
-        vectors = self.products.tiles[rows]
+        vectors = self.tiles[rows]
         for column in range(0, block.columns, vectors * LANES):
             self._call(code, block, row, rows, column)
 
@@ -92,7 +96,7 @@ class NeonTiles(IntegerTiles):
         """A tile whose first column is the block's ``column``-th."""
         codes, scales, *sums = code.scratch
         form, bias, place = self.form.weight, code.stage.bias, code.place
-        columns, at = min(self.products.tiles[rows] * LANES, block.columns - column), T.bind(row - code.first)
+        columns, at = min(self.tiles[rows] * LANES, block.columns - column), T.bind(row - code.first)
         panels, *steps, of_columns = code.constants[: self.numbers]
         first = T.bind(block.column + column)
         operands = [T.address_of(codes[at * self.depth])]

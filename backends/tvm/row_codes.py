@@ -33,7 +33,7 @@ def row_codes(code: StageCode, tiles: IntegerTiles) -> RowCodes:
     if tiles.node.target is QUANTIZED_CONVOLUTION:
         return _Gather(code, tiles)
     is_codes = tiles.node.args[0].meta["val"].dtype is torch.int8  # pyright: ignore
-    return (_Copy if is_codes else _Quantise)(code, tiles)
+    return (_Copy if is_codes else tiles.quantise)(code, tiles)
 
 
 @dataclass
@@ -127,7 +127,7 @@ class _Gather(RowCodes):
         return [T.bind(o * stride - pad + tap * dilation) for o, tap, stride, pad, dilation in axes]
 
 
-class _Quantise(RowCodes):
+class Quantise(RowCodes):
     """The input is fp32; the reference is ``planish.formats.quantise_rows``."""
 
     def emit(self, at: Expr) -> None:

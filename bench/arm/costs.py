@@ -38,6 +38,9 @@ STANDS_IN = {
 MANY = 256
 """Rows at which a table ends: many times those of a tile."""
 
+MARGIN = 1.05
+"""Gain of a tile of fewer rows that is worth reading the weights more often, which the model takes to be free."""
+
 N, K = 384, 1536
 """The one layer of the table: by the model all layers have the same throughput."""
 
@@ -59,10 +62,10 @@ def modelled_costs(target: Target, log: Callable[[str], None]) -> CostTable:
         found = _fp32(target, cpu) if form == FP32 else _quantized(form, target, cpu)
         nbytes = 4 * N * K if form == FP32 else Format.parse(form).weight.nbytes(N, K)
         reading = nbytes / GIGABYTES / 1e6
-        most = max(found)
-        found[MANY] = found[most]
+        best = max(rows for rows in found if MARGIN * found[rows] >= max(found.values()))
+        found = {rows: macs for rows, macs in found.items() if rows <= best} | {MANY: found[best]}
         ms = [(m, max(reading, m * N * K / (macs * GIGAHERTZ * 1e6 * target.cores))) for m, macs in found.items()]
-        layers.append(LayerCost(form, N, K, most, tuple((m, float(f"{each:.4g}")) for m, each in sorted(ms))))
+        layers.append(LayerCost(form, N, K, best, tuple((m, float(f"{each:.4g}")) for m, each in sorted(ms))))
     return CostTable(target.machine, tuple(sorted(layers)))
 
 

@@ -1,6 +1,7 @@
 /* A plugin of qemu-user that counts the instructions a program executes: `symbol=NAME,out=FILE[,trace=FILE,skip=N,length=N]`.
  *
- * out: a line for each executed instruction of functions whose name contains NAME: address, times, function.
+ * out: a line for each executed instruction of functions whose name contains NAME: address, times, function; without a
+ * NAME of all of the program, with ? as the function of code without a symbol.
  * trace: the addresses of `length` of them in the order of execution, from the `skip`-th on.
  * The declarations are those of qemu's plugin interface, version 1. */
 #include <inttypes.h>
@@ -18,6 +19,8 @@ size_t qemu_plugin_tb_n_insns(const struct qemu_plugin_tb *);
 struct qemu_plugin_insn *qemu_plugin_tb_get_insn(const struct qemu_plugin_tb *, size_t index);
 uint64_t qemu_plugin_insn_vaddr(const struct qemu_plugin_insn *);
 const char *qemu_plugin_insn_symbol(const struct qemu_plugin_insn *);
+uint64_t qemu_plugin_start_code(void);
+uint64_t qemu_plugin_end_code(void);
 
 __attribute__((visibility("default"))) int qemu_plugin_version = 1;
 
@@ -53,9 +56,11 @@ static void translated(uint64_t id, struct qemu_plugin_tb *block) {
   (void)id;
   for (size_t i = 0; i < qemu_plugin_tb_n_insns(block); i++) {
     struct qemu_plugin_insn *instruction = qemu_plugin_tb_get_insn(block, i);
+    uint64_t address = qemu_plugin_insn_vaddr(instruction);
+    if (address < qemu_plugin_start_code() || address >= qemu_plugin_end_code()) continue;
     const char *function = qemu_plugin_insn_symbol(instruction);
-    if (!function || !strstr(function, symbol)) continue;
-    Instruction *found = find(qemu_plugin_insn_vaddr(instruction), function);
+    if (!strstr(function && *function ? function : "?", symbol)) continue;
+    Instruction *found = find(address, function && *function ? function : "?");
     qemu_plugin_register_vcpu_insn_exec_inline(instruction, 0, &found->times, 1);
     if (trace) qemu_plugin_register_vcpu_insn_exec_cb(instruction, executed, 0, found);
   }

@@ -32,8 +32,8 @@ class ModelRow:
         weights_bytes: of ``weights.bin``.
         linear_bytes_per_weight: codes and scales of the layers on fewer than 8 bits, for each weight.
         arena_bytes: for the golden inputs.
-        instructions: of all kernels in one call, in one thread.
-        by_kernel: those of the kernels that take most.
+        instructions: of all kernels in one call, in one thread: tiles, and the loops around them.
+        by_kernel: those of the functions that take most; loops have no symbols of their own.
         rel_err: of each output, to what the host computes with the same kernels.
         to_eager: distance of the first output from eager's, as a part of its length.
     """
@@ -105,7 +105,8 @@ def measure_model(name: str, target: str, compile_model: Callable[..., Any], fol
     found = check_bundle(folder)
     counts = Emulator(folder, level).counts(_single_thread(folder, level)).functions
     kernels = {name for name, _, _ in compiled.sources()}
-    by_kernel = {name: counts[name] for name in sorted(kernels & counts.keys(), key=lambda n: -counts[n])}
+    own = {name: counts[name] for name in kernels & counts.keys()} | {"loops": counts["?"]}
+    by_kernel = dict(sorted(own.items(), key=lambda item: -item[1]))
     text, read_only = _sections(folder / "libmodel.so", level)
     sizes = {name: size for name, size in _functions(folder / "libmodel.a", level).items() if name in kernels}
     return ModelRow(
