@@ -19,7 +19,7 @@ _CACHE = tempfile.mkdtemp(prefix="planish-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE
 
 # On CI the examples are the same in every run, so a red run can be repeated.
-settings.register_profile("planish", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.register_profile("planish", deadline=None, derandomize="CI" in os.environ, print_blob=True, max_examples=50)
 settings.register_profile("full", settings.get_profile("planish"), max_examples=1000)
 settings.load_profile("planish")
 
