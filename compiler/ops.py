@@ -9,9 +9,10 @@ import torch
 from torch import fx
 from torch._library.custom_ops import OPDEFS
 
+import planish.cache_ops
 import planish.custom_ops
 import planish.packing_ops
-import planish.quantized_ops  # noqa: F401  (all three register torch.ops.planish)
+import planish.quantized_ops  # noqa: F401  (all four register torch.ops.planish)
 
 aten = torch.ops.aten
 planish_ops = torch.ops.planish
@@ -27,6 +28,7 @@ QUANTIZED = frozenset({QUANTIZED_LINEAR, QUANTIZED_CONVOLUTION})
 
 ATTENTION = aten.scaled_dot_product_attention.default
 VARLEN = planish_ops.varlen_attention.default
+CACHED = planish_ops.cached_attention.default
 LAYER_NORM = aten.layer_norm.default
 
 SCHEDULED = frozenset({planish_ops.softmax.default, planish_ops.log_softmax.default})

@@ -6,9 +6,11 @@ block). A chunk of rows then passes through all of them while it is in the secon
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 from tvm.script.ir_builder import tirx as T
 
@@ -17,6 +19,7 @@ from planish.backends.tvm.index import storage_dtype
 from planish.backends.tvm.kernel import Kernel, Lowered, Module, Packed, Region, Scratch, kernel
 from planish.backends.tvm.microkernel import CACHE_LINE, UNROLL, call_tile, gemm_tile
 from planish.backends.tvm.operands import Matrix, product, row_stride
+from planish.backends.tvm.pack import COLUMNS
 from planish.backends.tvm.quantized import IntegerTiles
 from planish.backends.tvm.quantized_avx2 import Avx2Tiles
 from planish.backends.tvm.quantized_neon import NeonTiles
@@ -35,7 +38,7 @@ BALANCE = 8
 """The number of chunks is a multiple of this, so that a few threads get equal shares."""
 
 
-def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
+def lower_linear(module: Module, program: Program, region: Region, narrow: Mapping[fx.Node, torch.dtype]) -> Lowered:
     """Kernel of a region around one or more linear layers.
 
     before: ``layer_norm(linear(gelu(linear(x, w, b)), v, c) + x)``
@@ -44,8 +47,14 @@ def lower_linear(module: Module, program: Program, region: Region) -> Lowered:
             chunk's rows
 
     With few rows the column blocks are the parallel loop instead, and the norm a loop of its own.
+
+    Args:
+        module: for the kernel's tiles.
+        program: of the region.
+        region: around the layers.
+        narrow: weights in fp32 whose values a half precision holds exactly, and which: they are stored so.
     """
-    stages = stages_of(region)
+    stages = stages_of(region, narrow)
     plan = Chain.plan(module.target, stages)
     constants = [c for tiles in plan.tiles for c in tiles.constants()]
     scratch = plan.scratch()
@@ -123,11 +132,13 @@ class FloatTiles(Tiles):
     def __init__(self, target: Target, stage: Stage) -> None:
         self.stage, self.block = stage, gemm_tile(target, stage.columns)
         self.rows, self.width = self.block.rows, self.block.vectors * target.lanes
-        self.weight_bytes = 4 * stage.columns * stage.depth
+        self.weight_bytes = stage.weight_dtype.itemsize * stage.columns * stage.depth
 
     def constants(self) -> list[tuple[Packed, str]]:
         """The weight in column panels."""
-        return [(Packed(self.stage.linear.args[1], "columns", self.width), "float32")]  # pyright: ignore
+        dtype = self.stage.weight_dtype
+        layout = COLUMNS[dtype]
+        return [(Packed(self.stage.linear.args[1], layout, self.width), storage_dtype(dtype))]  # pyright: ignore
 
     def scratch(self) -> list[tuple[int, str]]:
         """None."""
@@ -146,7 +157,8 @@ class FloatTiles(Tiles):
         panel = T.address_of(panels[block.column * depth])
         target = T.address_of(place.buffer[place.row(row) + block.column])
         # what the tiles of this block fetch for the next one: a part each, together the whole panel and again
-        part = T.floormod(tile, UNROLL * block.vectors) * (depth // UNROLL * (CACHE_LINE // 4))
+        line = CACHE_LINE // code.stage.weight_dtype.itemsize
+        part = T.floormod(tile, UNROLL * block.vectors) * (depth // UNROLL * line)
         ahead = T.address_of(panels[(block.column + block.span) * depth + part])
         bias = code.stage.bias if self.adds_bias(block) else None
         start = T.address_of(code.k.ev.sources[bias].buffer[block.column]) if bias is not None else None
@@ -160,6 +172,7 @@ class FloatTiles(Tiles):
             tail_lanes=block.tail,
             bias=start,
             cold=start is not None,
+            weights=code.stage.weight_dtype,
         )
 
     def adds_bias(self, block: Block) -> bool:

@@ -12,6 +12,7 @@ from torch import fx
 from planish.backends.base import Unsupported
 from planish.backends.tvm.attention import lower_attention, matrix, result_matrix
 from planish.backends.tvm.builder import Function, function
+from planish.backends.tvm.cached import lower_cached
 from planish.backends.tvm.elementwise import lower_elementwise
 from planish.backends.tvm.expr import Evaluator, NeedsScalarLanes, Source
 from planish.backends.tvm.gemm import lower_linear
@@ -37,6 +38,7 @@ from planish.backends.tvm.windows import is_window, lower_window, window_reason
 from planish.conv_ops import POOLS
 from planish.ops import (
     ATTENTION,
+    CACHED,
     ELEMENTWISE,
     GROUPED,
     INLINE,
@@ -63,7 +65,7 @@ from planish.ops import (
     aten,
 )
 from planish.plan import Buffer, Call, Plan
-from planish.program import Program, source_line
+from planish.program import Program, constant, source_line
 from planish.targets import Target
 
 ALIASES = {aten.reshape.default, aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims}
@@ -143,7 +145,7 @@ def _op_reason(node: fx.Node) -> str | None:
         (SORTS, sort_reason),
         (SCATTERS, scatter_reason),
         (RECURRENCES, recurrent_reason),
-        ({MATMUL, GROUPED, SEGMENT_SUM, VARLEN}, _float_reason),
+        ({MATMUL, GROUPED, SEGMENT_SUM, VARLEN, CACHED}, _float_reason),
         (PACKING, packing_reason),
         (RUNNING, lambda node: None),
     )
@@ -244,7 +246,7 @@ class Lowering:
         same = copy.call_function(aten._to_copy.default, (source,), {"dtype": node.meta["val"].dtype})
         source.meta["val"] = same.meta["val"] = node.meta["val"]
         region = Region(node.name, (same,), (source,))
-        self._emit(region, self._choose(region), {source: node}, index)
+        self._emit(region, self._choose(region, {source: node}), {source: node}, index)
 
     def _find_writes(self, old: fx.Node, new: fx.Node) -> None:
         """The writes that lead from a buffer's old value to its new one, if nothing else does."""
@@ -328,7 +330,7 @@ class Lowering:
         attention = region.find({ATTENTION, VARLEN})
         if attention is not None and not self._is_result_matrix(region, attention):
             region, outer = self._computed_before(region, outer, attention)
-        lowered = self._choose(region)
+        lowered = self._choose(region, outer)
         index = self.buffer(node, "output" if node in direct else "arena")
         self._emit(region, lowered, outer, index)
         self.place[node] = index
@@ -355,7 +357,7 @@ class Lowering:
         part = Region(f"{region.name}_{node.name}", _needed(before), region.inputs)
         part = replace(part, inputs=_used_inputs(part))
         index = self.buffer(node, "arena")
-        self._emit(part, self._choose(part), outer, index)
+        self._emit(part, self._choose(part, outer), outer, index)
         self.place[node] = index
         rest = _without(region, node)
         return replace(rest, inputs=(*_used_inputs(rest), node)), {**outer, node: node}
@@ -378,19 +380,19 @@ class Lowering:
         ev.sources = {n: Source(None, ev.shape(n), n.meta["val"].dtype) for n in region.inputs}
         return ev
 
-    def _choose(self, region: Region) -> Lowered:
+    def _choose(self, region: Region, outer: dict[fx.Node, fx.Node]) -> Lowered:
         """The kernel of a region: by the op it is built around, elementwise if there is none."""
         for lanes in (self.target.lanes, 1):
             try:
-                return self._template(region, lanes)
+                return self._template(region, outer, lanes)
             except NeedsScalarLanes:
                 continue
         raise AssertionError("one lane always works")
 
-    def _template(self, region: Region, lanes: int) -> Lowered:
+    def _template(self, region: Region, outer: dict[fx.Node, fx.Node], lanes: int) -> Lowered:
         module, program = self.module, self.program
         if anchor := region.find(LAYERS | {QUANTIZED_CONVOLUTION}):
-            return self._layer(region, anchor, lanes)
+            return self._layer(region, outer, anchor, lanes)
         if anchor := region.find({MATMUL}):
             return lower_matmul(module, program, region, anchor, lanes)
         if anchor := region.find({GROUPED}):
@@ -411,13 +413,24 @@ class Lowering:
                 return lower(module, program, region, anchor)
         return lower_elementwise(module, program, region, lanes)
 
-    def _layer(self, region: Region, anchor: fx.Node, lanes: int) -> Lowered:
+    def _layer(self, region: Region, outer: dict[fx.Node, fx.Node], anchor: fx.Node, lanes: int) -> Lowered:
         """The kernel of a region around a linear layer, or around a layer on codes."""
         if is_quantized_depthwise(anchor):
             return lower_quantized_depthwise(self.module, self.program, region, anchor)
         if anchor.target in QUANTIZED or self._has_constant_weight(anchor):
-            return lower_linear(self.module, self.program, region)
+            return lower_linear(self.module, self.program, region, self._narrow(region, outer))
         return lower_matmul(self.module, self.program, region, anchor, lanes)
+
+    def _narrow(self, region: Region, outer: dict[fx.Node, fx.Node]) -> dict[fx.Node, torch.dtype]:
+        """Weights of layers in fp32 whose values a half precision holds exactly, and which."""
+        found: dict[fx.Node, torch.dtype] = {}
+        for weight in {n.args[1] for n in region.nodes if n.target is LINEAR}:
+            assert isinstance(weight, fx.Node)
+            value = constant(self.program.module, outer[weight])
+            for dtype in (torch.float16, torch.bfloat16):
+                if torch.equal(value.to(dtype).to(value.dtype), value):
+                    found.setdefault(weight, dtype)
+        return found
 
     def _has_constant_weight(self, layer: fx.Node) -> bool:
         """Whether the weight can be packed beforehand; groups are formed around such layers only."""
@@ -468,6 +481,7 @@ _WHOLE = (
     (PACKING, lower_packing),
     ({SEGMENT_SUM}, lower_segment_sum),
     ({VARLEN}, lower_varlen),
+    ({CACHED}, lower_cached),
 )
 """Ops whose kernels compute nothing else, or (attention) only views around them."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, f32, function, i32, lanes_at, splat
+from planish.backends.tvm.index import as_value, cast, storage_dtype
 from planish.backends.tvm.kernel import Module
 from planish.targets import Target
 
@@ -46,19 +48,30 @@ UNROLL = 4
 
 
 def build_tile(
-    symbol: str, rows: int, vectors: int, lanes: int, *, ragged: bool, biased: bool, cold: bool
+    symbol: str,
+    rows: int,
+    vectors: int,
+    lanes: int,
+    *,
+    ragged: bool,
+    biased: bool,
+    cold: bool,
+    weights: torch.dtype = torch.float32,
 ) -> tirx.PrimFunc:
     """C[rows, vectors*lanes] = A[rows, K] B[K, vectors*lanes], accumulated in registers in the order of k.
 
     Parameters: A, B, C, ahead, with ``biased`` the row that the sums start from, then lda, ldb, ldc, K, and with
-    ``ragged`` the number of lanes of the last vector to store. Strides are in elements. With ``cold``, C is not in the
-    cache yet and is fetched to be written. One cache line from ``ahead``
-    on is fetched into the second-level cache every ``UNROLL`` steps: the weights that the next tiles multiply would
-    otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
+    ``ragged`` the number of lanes of the last vector to store. Strides are in elements. B may be of half precision, it
+    is widened as it is read. With ``cold``, C is not in the cache yet and is fetched to be written. One cache line from
+    ``ahead`` on is fetched into the second-level cache every ``UNROLL`` steps: the weights that the next tiles multiply
+    would otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
     do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
-        pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(["float32"] * (4 + biased), 4 + ragged, align=4)
+        types = ["float32", storage_dtype(weights), "float32", storage_dtype(weights), *["float32"] * biased]
+        pointers, (lda, ldb, ldc, depth, *rest) = f.parameters(
+            types, 4 + ragged, align=2 if weights.itemsize == 2 else 4
+        )
         a, b, c, ahead, *start = pointers
         last = rest[0] if ragged else None
         whole = T.ramp(0, 1, lanes)
@@ -69,7 +82,8 @@ def build_tile(
                 T.buffer_store(row[v], first, [whole])
 
         def step(k: Expr) -> None:
-            panel = [T.bind(b[lanes_at(k * ldb + v * lanes, lanes)]) for v in range(vectors)]
+            stored = [b[lanes_at(k * ldb + v * lanes, lanes)] for v in range(vectors)]
+            panel = [T.bind(cast(as_value(value, weights), torch.float32)) for value in stored]
             for i, row in enumerate(acc):
                 scalar = T.bind(T.broadcast(a[i * lda + k], lanes))
                 for register, column in zip(row, panel, strict=True):
@@ -81,7 +95,7 @@ def build_tile(
                     prefetch(T.address_of(c[i * ldc + v * lanes]), level=1, write=True)
         blocks = T.floordiv(depth, UNROLL)
         with T.serial(0, blocks) as block:
-            prefetch(T.address_of(ahead[block * (CACHE_LINE // 4)]), level=2)
+            prefetch(T.address_of(ahead[block * (CACHE_LINE // weights.itemsize)]), level=2)
             for u in range(UNROLL):
                 step(block * UNROLL + u)
         with T.serial(0, depth - blocks * UNROLL) as k:
@@ -114,11 +128,15 @@ def prefetch(address: Expr, *, level: int, write: bool = False) -> None:
     T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch.p0", address, i32(int(write)), locality, data))
 
 
-def tile_symbol(module: Module, rows: int, vectors: int, *, ragged: bool, biased: bool, cold: bool) -> str:
+def tile_symbol(
+    module: Module, rows: int, vectors: int, weights: torch.dtype, *, ragged: bool, biased: bool, cold: bool
+) -> str:
     """C symbol of the tile function of this size, shared by all kernels of the module."""
     lanes, kind = module.target.lanes, {"ragged": ragged, "biased": biased, "cold": cold}
-    name = "_".join([f"planish_tile_{rows}x{vectors * lanes}", *(word for word, wanted in kind.items() if wanted)])
-    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, **kind))
+    words = [str(weights).removeprefix("torch.")] if weights is not torch.float32 else []
+    words += [word for word, wanted in kind.items() if wanted]
+    name = "_".join([f"planish_tile_{rows}x{vectors * lanes}", *words])
+    return module.tile(name, lambda: build_tile(name, rows, vectors, lanes, **kind, weights=weights))
 
 
 def call_tile(
@@ -132,6 +150,7 @@ def call_tile(
     tail_lanes: Expr = 0,
     bias: Expr | None = None,
     cold: bool = False,
+    weights: torch.dtype = torch.float32,
 ) -> None:
     """Emit a call of the tile with ``min(left, block.rows)`` rows: a chain of comparisons picks the row count.
 
@@ -141,6 +160,7 @@ def call_tile(
         tail_lanes: lanes of the last vector to store, 0 for all.
         bias: pointer to the row that the sums start from; None for zeros.
         cold: whether C is not in the cache yet.
+        weights: of B in memory.
     """
     ragged = not isinstance(tail_lanes, int) or tail_lanes > 0
     arguments = (
@@ -154,7 +174,7 @@ def call_tile(
         condition = left >= rows if rows == block.rows else tirx.EQ(left, rows)
         with T.If(condition):
             with T.Then():
-                symbol = tile_symbol(module, rows, vectors, ragged=ragged, biased=bias is not None, cold=cold)
+                symbol = tile_symbol(module, rows, vectors, weights, ragged=ragged, biased=bias is not None, cold=cold)
                 T.evaluate(T.call_extern("int32", symbol, *arguments))
             if rows > 1:
                 with T.Else():

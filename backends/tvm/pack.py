@@ -90,6 +90,13 @@ LAYOUTS: dict[str, Layout] = {
 }
 """Layout name to packing function (tensors, width, lanes) -> flat tensor; with those of each integer format."""
 
+COLUMNS = {torch.float32: "columns", torch.float16: "columns float16", torch.bfloat16: "columns bfloat16"}
+"""Layouts of a linear layer's weight, by the type of its elements in memory."""
+
+LAYOUTS |= {
+    name: lambda t, width, lanes, dtype=dtype: columns(t.to(dtype), width, lanes) for dtype, name in COLUMNS.items()
+}
+
 CODES = {f"codes {form.name}": form for form in FORMATS}
 OFFSETS = {f"offsets {form.name}": form for form in FORMATS}
 LAYOUTS |= {name: lambda t, _, __, form=form: packed_codes(t, form) for name, form in CODES.items()}
@@ -123,7 +130,9 @@ def packed_bytes(shape: Sequence[int], itemsize: int, layout: str, width: int, l
         elements *= s
     if layout == "winograd":
         elements = elements * PRODUCTS // math.prod(shape[2:])
-    if layout in ("columns", "window_columns", "winograd"):
+    if layout in (COLUMNS[torch.float16], COLUMNS[torch.bfloat16]):
+        itemsize = 2
+    if layout in (*COLUMNS.values(), "window_columns", "winograd"):
         n = shape[0]
         rest = n % width
         elements = (n - rest + -(-rest // lanes) * lanes) * (elements // n)

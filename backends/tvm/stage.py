@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,12 +27,14 @@ from planish.ops import LAYER_NORM, LAYERS, QUANTIZED, QUANTIZED_CONVOLUTION
 class Stage:
     """One linear layer of a region: its op, the last elementwise op on its tiles, and the norm of its rows, if any.
 
-    A convolution on codes is a layer of what each of its positions sees.
+    A convolution on codes is a layer of what each of its positions sees. ``weight_dtype`` is that of an fp32 layer's
+    weight in memory.
     """
 
     linear: fx.Node
     stored: fx.Node
     norm: fx.Node | None
+    weight_dtype: torch.dtype = torch.float32
 
     @property
     def result(self) -> fx.Node:
@@ -56,8 +59,11 @@ class Stage:
         return bias if isinstance(bias, fx.Node) else None
 
 
-def stages_of(region: Region) -> list[Stage]:
-    """The region's linear layers in order; a stage ends where the next one's input, or the region's result, is."""
+def stages_of(region: Region, narrow: Mapping[fx.Node, torch.dtype]) -> list[Stage]:
+    """The region's linear layers in order; a stage ends where the next one's input, or the region's result, is.
+
+    ``narrow`` are weights that are stored in half precision.
+    """
     linears = [n for n in region.nodes if n.target in LAYERS | {QUANTIZED_CONVOLUTION}]
     ends = [n.args[0] for n in linears[1:]] + [region.result]
     stages: list[Stage] = []
@@ -66,7 +72,7 @@ def stages_of(region: Region) -> list[Stage]:
         norm = end if end.target is LAYER_NORM else None
         stored = norm.args[0] if norm is not None else end
         assert isinstance(stored, fx.Node)
-        stages.append(Stage(linear, stored, norm))
+        stages.append(Stage(linear, stored, norm, narrow.get(linear.args[1], torch.float32)))  # pyright: ignore
     return stages
 
 
