@@ -64,8 +64,8 @@ def build_tile(
     ``ragged`` the number of lanes of the last vector to store. Strides are in elements. B may be of half precision, it
     is widened as it is read. With ``cold``, C is not in the cache yet and is fetched to be written. One cache line from
     ``ahead`` on is fetched into the second-level cache every ``UNROLL`` steps: the weights that the next tiles multiply
-    would otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so results
-    do not depend on how rows are cut into tiles.
+    would otherwise arrive late. Every row is computed by the same sequence of operations whatever ``rows`` is, so
+    results do not depend on how rows are cut into tiles.
     """
     with function(symbol) as f:
         types = ["float32", storage_dtype(weights), "float32", storage_dtype(weights), *["float32"] * biased]
