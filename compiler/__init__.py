@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from planish.api import CompiledModel, compile
     from planish.assignment import Assignment
     from planish.budget import Budget
+    from planish.decoder import CompiledDecoder, compile_decoder
     from planish.errors import PlanishError
     from planish.program import Dim
     from planish.state import State
@@ -24,18 +25,21 @@ __version__ = "0.1.0"
 _NAMES = {
     "Assignment": "planish.assignment",
     "Budget": "planish.budget",
+    "CompiledDecoder": "planish.decoder",
     "CompiledModel": "planish.api",
     "Dim": "planish.program",
     "PlanishError": "planish.errors",
     "State": "planish.state",
     "Target": "planish.targets",
     "compile": "planish.api",
+    "compile_decoder": "planish.decoder",
 }
 _MODULES = frozenset({"backends", "bench", "dynamo", "errors", "models", "passes", "targets"})
 
 __all__ = [
     "Assignment",
     "Budget",
+    "CompiledDecoder",
     "CompiledModel",
     "Dim",
     "PlanishError",
@@ -45,6 +49,7 @@ __all__ = [
     "backends",
     "bench",
     "compile",
+    "compile_decoder",
     "dynamo",
     "errors",
     "models",

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.errors import CaptureError
+from planish.errors import CaptureError, DimError, first_lines
 from planish.ops import CACHED
 
 NAME = "planish"
@@ -60,11 +60,17 @@ class Step(nn.Module):
 
     def __init__(self, model: nn.Module, batch: int, max_len: int) -> None:
         super().__init__()
+        _check(model, max_len)
         self.model = model
         for layer, (keys, values) in enumerate(_shapes(model)):
             for name, (heads, width) in (("keys", keys), ("values", values)):
                 self.register_buffer(f"{name}_{layer}", torch.zeros(batch, max_len, heads, width))
         self.eval()
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(self.model.get_input_embeddings().num_embeddings)  # pyright: ignore
 
     def forward(self, ids: Tensor, sequence: Tensor, position: Tensor, reads: Tensor) -> Tensor:
         """Logits [R, vocabulary] at the tokens ``reads``, int64 [R]; the other inputs are int64 [T]."""
@@ -80,6 +86,21 @@ class Step(nn.Module):
                 logits_to_keep=reads,
             )
         return found.logits[0]
+
+
+def _check(model: nn.Module, max_len: int) -> None:
+    """Whether a model is one of transformers that generates text, and knows enough positions."""
+    config: Any = getattr(model, "config", None)
+    causal = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None  # pyright: ignore
+    if config is None or not causal or getattr(config, "is_encoder_decoder", False):
+        raise CaptureError(
+            f"{type(model).__name__} is no causal language model of transformers",
+            why="its cache and its attention are replaced by those of planish",
+            fix="pass AutoModelForCausalLM.from_pretrained(...), or use planish.compile",
+        )
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max_len > most:
+        raise DimError(f"max_len={max_len}, but the model knows {most} positions", fix=f"use max_len={most} or less")
 
 
 def _attention(
@@ -157,7 +178,16 @@ class _Shapes(_Cache):
 def _shapes(model: nn.Module) -> list[tuple[Shape, Shape]]:
     """Heads and width of the keys and values of each layer."""
     cache, zero = _Shapes(), torch.zeros(1, dtype=torch.int64)
-    mask = torch.zeros(1, 1, 1, 1)
-    with torch.inference_mode(), _attending(model, Tokens(zero, zero)):
-        model(input_ids=zero[None], attention_mask=mask, position_ids=zero[None], past_key_values=cache, use_cache=True)
+    inputs = {"input_ids": zero[None], "attention_mask": torch.zeros(1, 1, 1, 1), "position_ids": zero[None]}
+    try:
+        with torch.inference_mode(), _attending(model, Tokens(zero, zero)):
+            model(**inputs, past_key_values=cache, use_cache=True)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} does not run with a cache of keys and values",
+            why=first_lines(error),
+            fix="models whose layers keep something else have no cached form: use planish.compile",
+        ) from error
+    if not cache.found:
+        raise CaptureError(f"{type(model).__name__} keeps no keys and values", fix="use planish.compile")
     return [cache.found[layer] for layer in range(len(cache.found))]

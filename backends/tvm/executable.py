@@ -73,7 +73,7 @@ class TvmExecutable:
         pointers = inputs + len(self._output_buffers) + 3
         self._main.argtypes = [ctypes.c_void_p] * pointers + [ctypes.c_int32] * (len(self._dims) + 2)
         self._main.restype = ctypes.c_int32
-        self._set_threads = runtime.launcher().set_threads
+        self._launcher = runtime.launcher()
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._arenas: list[torch.Tensor] = []
 
@@ -115,17 +115,21 @@ class TvmExecutable:
         base = arena.data_ptr()
         status = ctypes.c_int32.from_address(base)
         status.value = 0
-        self._set_threads(torch.get_num_threads())
-        self._main(
-            *[t.data_ptr() for t in inputs],
-            *[t.data_ptr() for t in outputs],
-            self._blob.data_ptr(),
-            base,
-            layout.table_address,
-            *sizes,
-            first,
-            last,
-        )
+        self._launcher.set_threads(torch.get_num_threads())
+        self._launcher.begin()
+        try:
+            self._main(
+                *[t.data_ptr() for t in inputs],
+                *[t.data_ptr() for t in outputs],
+                self._blob.data_ptr(),
+                base,
+                layout.table_address,
+                *sizes,
+                first,
+                last,
+            )
+        finally:
+            self._launcher.end()
         if status.value == STATUS_FAILED:
             raise KernelError("a kernel could not get its scratch memory", fix="free memory, or use fewer threads")
         if status.value == DIVISION_BY_ZERO:

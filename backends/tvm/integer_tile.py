@@ -24,7 +24,7 @@ from tvm import tirx
 from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, dtype_of, f32, function, i32, keep, lanes_at, lanes_of
-from planish.backends.tvm.microkernel import prefetch
+from planish.backends.tvm.microkernel import CACHE_LINE, prefetch
 from planish.formats import LARGEST_CODE, WeightFormat
 
 LANES = 8
@@ -261,12 +261,16 @@ class _Tile:
         offsets, *steps, columns = numbers
         per_block, per_group = units_of_block(self.form), (self.form.group or UNIT) // UNIT
         with T.serial(0, T.floordiv(self.units + (per_block - 1), per_block)) as block:
+            self._fetch(offsets, (block + 1) * VECTORS * LANES)
+            self._fetch(columns, VECTORS * LANES)
             starts = [T.bind(offsets[lanes_at((block * VECTORS + v) * LANES, LANES)]) for v in range(VECTORS)]
             exact = _registers(self.rows, "int32")
             _fill(exact, lambda i, v: starts[v])
             first = T.bind(block * per_block)
             with T.serial(first, T.bind(T.min(first + per_block, self.units))) as unit:
                 place = T.floordiv(unit, per_group) * VECTORS
+                if steps:
+                    self._fetch(steps[0], place * 2 * LANES + T.floordiv(self.units, per_group) * VECTORS * 2 * LANES)
                 scales = [self._step(steps[0], place + v) if steps else _ONES for v in range(VECTORS)]
                 self._unit_of_bytes(unit, exact, scales)
             for v in range(VECTORS):
@@ -274,6 +278,16 @@ class _Tile:
                 for registers, sums in zip(self.total, exact, strict=True):
                     value = T.cast(sums[v][_WHOLE], f"float32x{LANES}") * column
                     T.buffer_store(registers[v], registers[v][_WHOLE] + value, [_WHOLE])
+
+    def _fetch(self, numbers: Any, at: Expr) -> None:
+        """Have what the next panel reads on its way: a single row does so little with a panel that it would wait."""
+        if self.rows == 1:
+            prefetch(T.address_of(numbers[at]), level=1)
+
+    def _fetch_codes(self, base: Expr, nbytes: int) -> None:
+        """The same for codes: a step's bytes further on."""
+        for line in range(0, nbytes, CACHE_LINE):
+            self._fetch(self.b, base + line + AHEAD)
 
     def _step(self, steps: Any, place: Expr) -> Expr:
         """Scales of a vector of columns, twice each, as int16."""
@@ -295,6 +309,8 @@ class _Tile:
                     self._unit_of_words(unit, exact)
                 else:
                     self._unit_of_bytes(unit, exact, [_ONES] * VECTORS)
+            for of_columns in (scales, *minimums):
+                self._fetch(of_columns, (g + groups) * VECTORS * LANES)
             places = [lanes_at((g * VECTORS + v) * LANES, LANES) for v in range(VECTORS)]
             wide = [T.bind(T.cast(scales[at], f"float32x{LANES}")) for at in places]
             least = [T.bind(T.cast(m[at], f"float32x{LANES}")) for m in minimums for at in places]
@@ -309,6 +325,7 @@ class _Tile:
         """A unit of 8-bit codes: 16 steps of two products in int16."""
         with T.serial(0, UNIT // 2 // WORD_STEPS) as part:
             first = T.bind((unit * (UNIT // 2 // WORD_STEPS) + part) * WORD_STEPS)
+            self._fetch_codes(first * VECTORS * 2 * LANES, WORD_STEPS * VECTORS * 2 * LANES)
             for pair in (first + step for step in range(WORD_STEPS)):
                 words = [
                     keep(T.cast(self.b[lanes_at((pair * VECTORS + v) * 2 * LANES, 2 * LANES)], f"int16x{2 * LANES}"))
@@ -354,9 +371,7 @@ class _Tile:
                 T.bind(self.b[lanes_at(place + (quad * VECTORS + v) * 4 * LANES, 4 * LANES)]) for v in range(VECTORS)
             ]
         base = T.bind(unit * (VECTORS * self.form.bits * 4 * LANES))
-        if self.rows == 1:
-            for line in range(0, VECTORS * self.form.bits * 4 * LANES, 64):
-                prefetch(T.address_of(self.b[base + line + AHEAD]), level=1)
+        self._fetch_codes(base, VECTORS * self.form.bits * 4 * LANES)
         return lambda quad: [
             _unpacked(self.form, self.b, base + v * self.form.bits * 4 * LANES, quad) for v in range(VECTORS)
         ]

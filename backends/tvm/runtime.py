@@ -73,6 +73,8 @@ class Launcher:
         reason: why the route chosen at load time was chosen.
         cache: the cache folder, or why none is used.
         set_threads: number of threads for the calling thread's next launches; costs some 0.2 µs.
+        begin: before a call of a model's function: its loops share one team of threads.
+        end: after it.
     """
 
     path: str
@@ -81,6 +83,8 @@ class Launcher:
     reason: str
     cache: str
     set_threads: Callable[[int], None]
+    begin: Callable[[], None]
+    end: Callable[[], None]
     _lib: ctypes.CDLL = field(repr=False)
 
     @property
@@ -225,9 +229,13 @@ def _make_launcher(candidates: list[tuple[str, ...]]) -> Launcher:
 def _assemble(path: str, lib: ctypes.CDLL, cache: str, compiler: tuple[str, ...], openmp: str, reason: str) -> Launcher:
     """The record of a loaded launcher."""
     # Through a PyDLL the call keeps the GIL: releasing it would cost more than the call.
-    set_threads = ctypes.PyDLL(path, handle=lib._handle).planish_set_threads
-    set_threads.argtypes, set_threads.restype = [ctypes.c_int], None
-    return Launcher(path, compiler, openmp, reason, cache, set_threads, lib)
+    quick = ctypes.PyDLL(path, handle=lib._handle)
+    quick.planish_set_threads.argtypes = [ctypes.c_int]
+    for function in (quick.planish_set_threads, quick.planish_begin):
+        function.restype = None
+    lib.planish_end.restype = None  # it waits for threads, so the GIL is given up
+    functions = quick.planish_set_threads, quick.planish_begin, lib.planish_end
+    return Launcher(path, compiler, openmp, reason, cache, *functions, lib)
 
 
 def _choose_route(lib: ctypes.CDLL) -> tuple[str, str]:

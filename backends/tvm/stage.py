@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,9 @@ from planish.backends.tvm.operands import Matrix
 from planish.backends.tvm.rowwise import normalise_row
 from planish.backends.tvm.scalars import ELEMENTWISE
 from planish.ops import LAYER_NORM, LAYERS, QUANTIZED, QUANTIZED_CONVOLUTION
+
+PIECES = 2
+"""Of a layer's columns for each core, where there are few rows."""
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,8 @@ class StageCode:
         lanes, width = self.k.lanes, self.tiles.width
         whole, rest = divmod(self.stage.columns, width)
         last = Block(i32(whole * width), -(-rest // lanes), self.stage.columns % lanes, lanes)
-        with (T.parallel if parallel else T.serial)(0, whole + bool(rest)) as n:
+        blocks = whole + bool(rest)
+        with self._shared_out(blocks) if parallel else T.serial(0, blocks) as n:
             block = Block(n * width, width // lanes, 0, lanes)
             if whole and rest:
                 with T.If(n < whole):
@@ -182,6 +187,17 @@ class StageCode:
             else:
                 with T.serial(0, self.count) as i:
                     self._norm(T.bind(self.first + i))
+
+    @contextmanager
+    def _shared_out(self, blocks: int) -> Iterator[Expr]:
+        """A parallel loop over blocks. A single tile of rows is done as fast as its weights come from memory, and they
+        come faster in a few long pieces than in many."""
+        pieces = min(PIECES * self.k.module.target.cores, blocks)
+        count = T.bind(tirx.Select(self.count <= self.tiles.rows, i32(pieces), i32(blocks)))
+        with T.parallel(0, count) as piece:
+            first, end = (T.bind(T.floordiv((piece + i) * blocks, count)) for i in (0, 1))
+            with T.serial(0, end - first) as i:
+                yield T.bind(first + i)
 
     def _block(self, block: Block) -> None:
         """A block of columns, tile by tile."""
