@@ -22,8 +22,9 @@ BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (32, 64, 128)
 """Input features that share a scale; None, for all of an output feature, is a group too."""
 
-ACTIVATIONS = ("fp", "a8", "a8-static")
-"""fp32; int8 with a scale for each row, found when it is computed; int8 with one scale, found by calibration."""
+ACTIVATIONS = ("fp", "a8", "a8-static", "a8-group")
+"""fp32; int8 with a scale for each row, found when it is computed; int8 with one scale, found by calibration; int8 with
+a scale for each of the weight's groups of a row, found when it is computed."""
 
 LARGEST_CODE = 127
 """Of an activation: -128 is left out, so that a code and its negative both exist."""
@@ -92,30 +93,42 @@ class Format:
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
             raise UnknownNameError(f"no activation format {self.activation!r}", fix=f"use {_listed(ACTIVATIONS)}")
+        if self.by_group and (self.weight.group is None or self.weight.two_level):
+            raise UnknownNameError(
+                f"activations of {self.weight.name} have no scale for each group",
+                why="groups of a symmetric format below 8 bits add up as integers before they are scaled",
+                fix="use a format with groups and minimums, or of 8 bits: w4a8-g32-min-group, w8a8-g32-group",
+            )
+
+    @property
+    def by_group(self) -> bool:
+        """Whether each group of a row has a scale of its own."""
+        return self.activation == "a8-group"
 
     @property
     def name(self) -> str:
-        """``w4a8-g32``, ``w8a8-static``, ``w4-g32`` (fp32 activations)."""
+        """``w4a8-g32``, ``w8a8-static``, ``w4a8-g32-min-group``, ``w4-g32`` (fp32 activations)."""
         head, _, rest = self.weight.name.partition("-")
-        middle = "a8" if self.activation != "fp" else ""
-        tail = ["static"] if self.activation == "a8-static" else []
+        middle, _, how = self.activation.partition("-")
+        middle, tail = middle.removeprefix("fp"), [how] if how else []
         return "-".join([head + middle, *([rest] if rest else []), *tail])
 
     @staticmethod
     def parse(name: str) -> Format:
-        """The format that a name stands for: ``wBITS[a8][-gGROUP][-min][-static]``.
+        """The format that a name stands for: ``wBITS[a8][-gGROUP][-min][-static|-group]``.
 
         Raises:
             UnknownNameError: the name has another form, or there is no such format.
         """
-        found = re.fullmatch(r"w(\d)(a8)?(?:-g(\d+))?(-min)?(-static)?", name)
+        found = re.fullmatch(r"w(\d)(a8)?(?:-g(\d+))?(-min)?(-static|-group)?", name)
         if found is None or (found[5] and not found[2]):
             raise UnknownNameError(
                 f"no format {name!r}",
-                fix="write wBITS, a8 for int8 activations, -gGROUP, -min, -static: w4a8-g32, w8a8-static, w4-g128",
+                fix="write wBITS, a8 for int8 activations, -gGROUP, -min, and -static or -group: "
+                "w4a8-g32, w8a8-static, w4-g128",
             )
         weight = WeightFormat(int(found[1]), int(found[3]) if found[3] else None, symmetric=not found[4])
-        return Format(weight, "a8-static" if found[5] else "a8" if found[2] else "fp")
+        return Format(weight, f"a8{found[5] or ''}" if found[2] else "fp")
 
 
 def _listed(values: tuple[object, ...]) -> str:
@@ -215,8 +228,26 @@ def with_steps(held: Quantized, steps: Tensor) -> Quantized:
 
 
 def spread(numbers: Tensor, form: WeightFormat, depth: int) -> Tensor:
-    """One number for each input feature from one for each group: [N, groups] to [N, depth]."""
-    return numbers.repeat_interleave(form.group or depth, 1)[:, :depth]
+    """One number for each input feature from one for each group: [..., groups] to [..., depth]."""
+    return numbers.repeat_interleave(form.group or depth, -1)[..., :depth]
+
+
+def round_rows(x: Tensor, form: Format, scale: float | None = None) -> Tensor:
+    """What codes of activations stand for, fp32 [..., K]: of each row, or its groups, or with the one scale."""
+    if form.by_group:
+        codes, scales = quantise_groups(x, form.weight.group or x.shape[-1])
+        scales = spread(scales, form.weight, x.shape[-1])
+    else:
+        codes, scales = quantise_rows(x, scale)
+    return codes.float() * scales
+
+
+def quantise_groups(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """int8 codes of activations [..., K], and the scale of each group of a row, fp32 [..., groups]; see the next."""
+    depth = x.shape[-1]
+    grouped = torch.nn.functional.pad(x.float(), (0, -depth % group)).unflatten(-1, (-1, group))
+    codes, scales = quantise_rows(grouped)
+    return codes.flatten(-2)[..., :depth], scales[..., 0]
 
 
 def quantise_rows(x: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:

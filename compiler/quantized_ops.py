@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from planish.formats import Format, Quantized, quantise_rows
+from planish.formats import Format, Quantized, quantise_groups, quantise_rows
 
 
 def _result_dtype(x: Tensor, input_scale: Tensor | None) -> torch.dtype:
@@ -32,8 +32,9 @@ def quantized_linear(
     """A linear layer on integer codes of its weight and of its input, given or found row by row; fp32 [..., N].
 
     For each group g of input features: ``scale_g sum(code_x code_w) + minimum_g sum(code_x)``, the sums as integers;
-    all that times the scale of the input's row, plus the bias, plus the products of the outliers in fp32. An outlier
-    is an input feature that is 0 to the codes of x, so that it does not decide their scale (LLM.int8).
+    all that times the scale of the input's row (or each group by the row's scale for it), plus the bias, plus the
+    products of the outliers in fp32. An outlier is an input feature that is 0 to the codes of x, so that it does not
+    decide their scale (LLM.int8).
 
     Args:
         x: fp32 [..., K]; or its codes, int8, where ``input_scale`` is given.
@@ -48,7 +49,8 @@ def quantized_linear(
         outlier_weight: their weights, fp32 [C, N].
         equaliser: what the other features are multiplied by before they become codes, fp32 [K]; for x in fp32.
     """
-    weight = Quantized(Format.parse(format).weight, codes, scales, minimums, channels)
+    form = Format.parse(format)
+    weight = Quantized(form.weight, codes, scales, minimums, channels)
     group = weight.format.group or codes.shape[1]
     if x.dtype is torch.int8:
         assert input_scale is not None, "codes have the scale that they were made with"
@@ -56,14 +58,18 @@ def quantized_linear(
     else:
         inner = x if outliers is None else x.index_fill(-1, outliers, 0.0)
         inner = inner if equaliser is None else inner * equaliser
-        of_x, row_scales = quantise_rows(inner, None if input_scale is None else float(input_scale))
+        if form.by_group:
+            of_x, row_scales = quantise_groups(inner, group)
+        else:
+            of_x, row_scales = quantise_rows(inner, None if input_scale is None else float(input_scale))
     result = x.new_zeros((*x.shape[:-1], codes.shape[0]), dtype=torch.float64)
     parts = zip(of_x.split(group, -1), codes.split(group, -1), strict=True)
     for g, (a, w) in enumerate(parts):
         exact = a.double() @ w.double().T  # integers below 2^53
-        result += weight.steps()[:, g].double() * exact
-        result += weight.lowest()[:, g].double() * a.double().sum(-1, keepdim=True)
-    result = result * row_scales.double()
+        part = weight.steps()[:, g].double() * exact
+        part = part + weight.lowest()[:, g].double() * a.double().sum(-1, keepdim=True)
+        result += part * row_scales[..., g, None].double() if form.by_group else part
+    result = result if form.by_group else result * row_scales.double()
     if outliers is not None and outlier_weight is not None:
         result += x.index_select(-1, outliers).double() @ outlier_weight.double()
     return (result if bias is None else result + bias).to(_result_dtype(x, input_scale))

@@ -14,7 +14,7 @@ import tvm
 
 from planish.backends.tvm import integer_tile
 from planish.backends.tvm.codegen import object_code
-from planish.formats import BITS, Quantized, WeightFormat
+from planish.formats import BITS, Format, Quantized, WeightFormat
 from planish.targets import TARGETS, host_isa_levels
 
 pytestmark = [
@@ -82,7 +82,12 @@ def test_a_tile_is_exact(form: WeightFormat, compiled: Callable[..., ctypes.CDLL
     width, most = integer_tile.WIDTH, integer_tile.tile_rows(form)
     functions = {
         f"tile{rows}{biased:d}": integer_tile.build_integer_tile(
-            f"tile{rows}{biased:d}", form, rows, width - 3 * biased, biased=biased, unpacked=biased and form.bits < 8
+            f"tile{rows}{biased:d}",
+            Format(form),
+            rows,
+            width - 3 * biased,
+            biased=biased,
+            unpacked=biased and form.bits < 8,
         )
         for rows, biased in ((1, False), (most, True))
     }

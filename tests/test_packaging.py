@@ -146,6 +146,7 @@ ROOT_LAYERS = {
     "size_one": "api",
     "reuse": "api",
     "state": "api",
+    "decoder": "api",
     "api": "api",
     "bundle": "api",
     "dynamo": "api",

@@ -55,7 +55,7 @@ def check(got: Tensor, want: Tensor, *, rtol: float = 1e-5) -> None:
 
 
 FORMS = ["w8a8", "w8a8-g32", "w8a8-g128-min", "w6a8-g64", "w5a8-g32", "w4a8-g32", "w4a8-g128", "w4a8-g32-min"]
-FORMS += ["w3a8-g32", "w2a8-g32", "w2a8-min"]
+FORMS += ["w3a8-g32", "w2a8-g32", "w2a8-min", "w4a8-g32-min-group", "w8a8-g32-group", "w6a8-g64-min-group"]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -6,7 +6,8 @@ import ctypes
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,7 +93,8 @@ class TvmExecutable:
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
         arena = self._lease(layout.arena_bytes)
         try:
-            self._run(ready, outputs, arena, layout, tuple(dims.values()), 0, len(self.plan.calls))
+            with self._team():
+                self._run(ready, outputs, arena, layout, tuple(dims.values()), 0, len(self.plan.calls))
         finally:
             if len(self._arenas) < _ARENAS:
                 self._arenas.append(arena)
@@ -101,6 +103,16 @@ class TvmExecutable:
                 if value is not buffer:
                     buffer.copy_(value)
         return tuple(outputs[i] for i in self._order)
+
+    @contextmanager
+    def _team(self) -> Iterator[None]:
+        """Calls inside share a team of threads, which is busy waiting between them."""
+        self._launcher.set_threads(torch.get_num_threads())
+        self._launcher.begin()
+        try:
+            yield
+        finally:
+            self._launcher.end()
 
     def _run(
         self,
@@ -115,21 +127,16 @@ class TvmExecutable:
         base = arena.data_ptr()
         status = ctypes.c_int32.from_address(base)
         status.value = 0
-        self._launcher.set_threads(torch.get_num_threads())
-        self._launcher.begin()
-        try:
-            self._main(
-                *[t.data_ptr() for t in inputs],
-                *[t.data_ptr() for t in outputs],
-                self._blob.data_ptr(),
-                base,
-                layout.table_address,
-                *sizes,
-                first,
-                last,
-            )
-        finally:
-            self._launcher.end()
+        self._main(
+            *[t.data_ptr() for t in inputs],
+            *[t.data_ptr() for t in outputs],
+            self._blob.data_ptr(),
+            base,
+            layout.table_address,
+            *sizes,
+            first,
+            last,
+        )
         if status.value == STATUS_FAILED:
             raise KernelError("a kernel could not get its scratch memory", fix="free memory, or use fewer threads")
         if status.value == DIVISION_BY_ZERO:
@@ -178,16 +185,18 @@ class TvmExecutable:
         outputs = [torch.empty(s, dtype=d) for s, d in zip(layout.outputs, self._dtypes, strict=True)]
         arena = aligned(layout.arena_bytes)
         sizes = tuple(dims.values())
-        self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
+        with self._team():
+            self._run(ready, outputs, arena, layout, sizes, 0, len(self.plan.calls))
         words = (ctypes.c_int32 * (HEAD // 4)).from_address(arena.data_ptr())
         dims = dims | {name: words[word] for name, word in self._counts.items()}
 
         def sample(first: int, last: int) -> float:
             times: list[float] = []
-            while len(times) < repeats / _ROUNDS or sum(times) < _ROUND_SECONDS:
-                start = time.perf_counter()
-                self._run(ready, outputs, arena, layout, sizes, first, last)
-                times.append(time.perf_counter() - start)
+            with self._team():
+                while len(times) < repeats / _ROUNDS or sum(times) < _ROUND_SECONDS:
+                    start = time.perf_counter()
+                    self._run(ready, outputs, arena, layout, sizes, first, last)
+                    times.append(time.perf_counter() - start)
             return statistics.median(times)
 
         groups: dict[tuple[str, tuple[int, ...]], list[int]] = {}

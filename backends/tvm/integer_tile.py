@@ -25,7 +25,7 @@ from tvm.script.ir_builder import tirx as T
 
 from planish.backends.tvm.builder import Expr, dtype_of, f32, function, i32, keep, lanes_at, lanes_of
 from planish.backends.tvm.microkernel import CACHE_LINE, prefetch
-from planish.formats import LARGEST_CODE, WeightFormat
+from planish.formats import LARGEST_CODE, Format, WeightFormat
 
 LANES = 8
 """Columns of a vector: int32 sums in 32 bytes, also on processors that have wider vectors."""
@@ -184,7 +184,7 @@ def build_unpacking(symbol: str, form: WeightFormat) -> tirx.PrimFunc:
 
 
 def build_integer_tile(
-    symbol: str, form: WeightFormat, rows: int, columns: int, *, biased: bool, unpacked: bool
+    symbol: str, whole: Format, rows: int, columns: int, *, biased: bool, unpacked: bool
 ) -> tirx.PrimFunc:
     """C[rows, columns] = scale_row times (scaled sums of products of codes) + bias, ``columns`` of a panel.
 
@@ -192,10 +192,11 @@ def build_integer_tile(
 
     - where sums are integers: offsets, with groups their steps, scales of the columns; of the rows; C;
     - else: scales of B, with an asymmetric format its minimums; for each row and group the sum of A's codes times
-      ``sum_factor``; scales of the rows; C;
+      ``sum_factor``; scales of the rows, or of their groups; C;
 
     with ``biased`` the bias. Then the elements between rows of A (int32), of the sums and of C, and the units of B.
     """
+    form = whole.weight
     exact = sums_in_integers(form)
     pointers = ["int32", "int8" if form.bits == 8 or (exact and unpacked) else "uint8"]
     if exact:
@@ -216,11 +217,12 @@ def build_integer_tile(
         if exact:
             tile.blocks(numbers)
         else:
-            tile.groups(numbers, lds)
+            tile.groups(numbers, lds, row_scales if whole.by_group else None)
         for i in range(rows):
-            scale = T.bind(T.broadcast(row_scales[i], LANES))
+            scale = f32(1.0) if whole.by_group else T.bind(T.broadcast(row_scales[i], LANES))
             for v in range(-(-columns // LANES)):
-                T.buffer_store(total[i][v], total[i][v][_WHOLE] * scale, [_WHOLE])
+                if not whole.by_group:
+                    T.buffer_store(total[i][v], total[i][v][_WHOLE] * scale, [_WHOLE])
                 count = min(LANES, columns - v * LANES)
                 for at in [lanes_at(0, LANES)] if count == LANES else range(count):
                     value = total[i][v][at]
@@ -293,8 +295,8 @@ class _Tile:
         """Scales of a vector of columns, twice each, as int16."""
         return keep(T.cast(steps[lanes_at(place * 2 * LANES, 2 * LANES)], f"int16x{2 * LANES}"))
 
-    def groups(self, numbers: list[Any], lds: Expr) -> None:
-        """Each group in int32, all of them in fp32."""
+    def groups(self, numbers: list[Any], lds: Expr, group_scales: Any) -> None:
+        """Each group in int32, all of them in fp32; with ``group_scales``, times those of the rows' groups."""
         scales, *minimums, sums = numbers
         form, total = self.form, self.total
         per_group = self.units if form.group is None else form.group // UNIT
@@ -316,9 +318,13 @@ class _Tile:
             least = [T.bind(T.cast(m[at], f"float32x{LANES}")) for m in minimums for at in places]
             for i in range(self.rows):
                 for v in range(VECTORS):
-                    value = total[i][v][_WHOLE] + T.cast(exact[i][v][_WHOLE], f"float32x{LANES}") * wide[v]
+                    value = T.cast(exact[i][v][_WHOLE], f"float32x{LANES}") * wide[v]
+                    if group_scales is None:
+                        value = total[i][v][_WHOLE] + value
                     if least:
                         value = value + T.broadcast(T.cast(sums[i * lds + g], "float32"), LANES) * least[v]
+                    if group_scales is not None:
+                        value = total[i][v][_WHOLE] + value * T.broadcast(group_scales[i * lds + g], LANES)
                     T.buffer_store(total[i][v], value, [_WHOLE])
 
     def _unit_of_words(self, unit: Expr, exact: list[list[Any]]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import reduce
 from typing import Any
 
@@ -23,12 +23,12 @@ _UNIT = float(3 << 22)
 class NeonQuantise(Quantise):
     """Maxima that keep NaN and infinity, and rounding by an addition: no comparisons, no conversions."""
 
-    def _largest(self, x: Any, start: Expr) -> tuple[Expr, Expr]:
-        depth, tops = self.code.stage.depth, [T.alloc_buffer((LANES,), "float32") for _ in range(TOGETHER)]
+    def _largest(self, x: Any, start: Expr, count: int) -> tuple[Expr, Expr]:
+        tops = [T.alloc_buffer((LANES,), "float32") for _ in range(TOGETHER)]
         whole = lanes_at(i32(0), LANES)
         for top in tops:
             T.buffer_store(top, splat(0.0, LANES), [whole])
-        for at, vectors, lanes in _pieces(depth):
+        for at, vectors, lanes in _pieces(count):
             for v, top in zip(range(vectors), tops, strict=False):
                 place, value = lanes_at(i32(0), lanes), x[lanes_at(start + at + v * LANES, lanes)]
                 T.buffer_store(top, _maximum(top[place], _intrinsic("fabs", value)), [place])
@@ -36,9 +36,8 @@ class NeonQuantise(Quantise):
         largest = keep(horizontal(T.bind(reduce(_maximum, others, first)), LANES, _maximum))
         return largest, keep(_intrinsic("fma", largest, f32(0.0), f32(0.0)))
 
-    def _codes(self, x: Any, start: Expr, at_row: Expr, inverse: Expr) -> None:
-        place = self.tiles.place(self.code, at_row)
-        for at, vectors, lanes in _pieces(self.code.stage.depth):
+    def _codes(self, x: Any, start: Expr, place: Callable[[Expr], Expr], inverse: Expr, count: int) -> None:
+        for at, vectors, lanes in _pieces(count):
             values = [x[lanes_at(start + at + v * LANES, lanes)] for v in range(vectors)]
             sums = [T.bind(_rounded(self._bounded(value * splat(inverse, lanes)))) for value in values]
             codes = _narrowed(sums)
@@ -46,7 +45,6 @@ class NeonQuantise(Quantise):
             for v in range(vectors):
                 own = codes if words is None else T.reinterpret(f"int8x{LANES}", T.Shuffle([words], [i32(v)]))
                 T.buffer_store(self.code.scratch[0], own, [lanes_at(place(at + v * LANES), lanes)])
-        self._finish(place, at_row)
 
     def _bounded(self, value: Expr) -> Expr:
         """Within the codes; a row's own scale has it so that no value is beyond."""

@@ -108,6 +108,11 @@ class IntegerTiles(Tiles):
         return self.packed() + [(Packed(n, "plain", 0), dtype) for n, dtype in kept]  # pyright: ignore
 
     @property
+    def scales(self) -> int:
+        """Of a row of codes."""
+        return self.groups if self.form.by_group else 1
+
+    @property
     def numbers(self) -> int:
         """Constants that a tile reads."""
         return len(self.packed())
@@ -119,7 +124,7 @@ class IntegerTiles(Tiles):
 
     def scratch(self) -> list[tuple[int, str]]:
         """Codes of the rows, their scales, sums where a tile needs them, and outliers."""
-        rows = [(self.depth, self.code_dtype), (1, "float32")]
+        rows = [(self.depth, self.code_dtype), (self.scales, "float32")]
         rows += [] if self.sum_factor is None else [(self.groups, "int32")]
         return rows + ([(self.outliers, "float32")] if self.outliers else [])
 

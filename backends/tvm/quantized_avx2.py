@@ -103,7 +103,7 @@ class Avx2Tiles(IntegerTiles):
         numbers = zip(code.constants[1:], self._numbers_per_column(), strict=False)
         operands += [T.address_of(n[T.bind(block.column * count)]) for n, count in numbers]
         operands += [] if sums_in_integers(self.form.weight) else [T.address_of(sums[0][at * self.groups])]
-        operands += [T.address_of(scales[at])]
+        operands += [T.address_of(scales[at * self.scales])]
         operands += [T.address_of(place.buffer[place.row(row) + block.column])]
         operands += [T.address_of(code.k.ev.sources[bias].buffer[block.column])] if bias is not None else []
         per_word = 2 if self._wide else 4
@@ -111,9 +111,10 @@ class Avx2Tiles(IntegerTiles):
         kind = {"biased": bias is not None, "unpacked": unpacked}
 
         def call(count: int) -> None:
-            form = self.form.weight
+            form = self.form
             words = [word for word, wanted in kind.items() if wanted]
-            name = "_".join(["planish_tile", form.name.replace("-", "_"), f"{count}x{block.columns}", *words])
+            words = ["group", *words] if form.by_group else words
+            name = "_".join(["planish_tile", form.weight.name.replace("-", "_"), f"{count}x{block.columns}", *words])
             symbol = code.k.module.tile(name, lambda: build_integer_tile(name, form, count, block.columns, **kind))
             T.evaluate(T.call_extern("int32", symbol, *operands, *sizes))
 

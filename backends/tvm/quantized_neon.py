@@ -23,7 +23,10 @@ from planish.targets import Target
 
 def neon_reason(node: fx.Node) -> str | None:
     """Why a layer on integer codes has no kernel for NEON, or None."""
-    form = Format.parse(str(node.args[7])).weight
+    whole = Format.parse(str(node.args[7]))
+    form = whole.weight
+    if whole.by_group:
+        return f"the format {whole.name} has no kernel for ARM: use one with a scale for each row"
     if not form.symmetric or (form.bits == 8 and form.group):
         return f"the weight format {form.name} has no kernel for ARM: use a symmetric one, 8 bits without groups"
     return None

@@ -136,15 +136,34 @@ class Quantise(RowCodes):
         x, start = source.buffer, T.bind(source.row(self.code.first + at))
         if self.tiles.outliers or self.tiles.equaliser is not None:
             x, start = self._evened(x, start, at), i32(0)
-        top, poison = self._largest(x, start)
+        place, depth, group = self.tiles.place(self.code, at), self.code.stage.depth, self._group
+        whole, rest = divmod(depth, group)
+        with T.serial(0, whole) as g:
+            first = T.bind(g * group) if whole > 1 else i32(0)
+            self._quantise(x, start, at * self.tiles.scales + g, place, first, group)
+        if rest:
+            self._quantise(x, start, at * self.tiles.scales + whole, place, i32(whole * group), rest)
+        self._finish(place, at)
+
+    @property
+    def _group(self) -> int:
+        """Features that share a scale."""
+        by_group = self.tiles.form.by_group
+        return (self.tiles.form.weight.group if by_group else None) or self.code.stage.depth
+
+    def _quantise(
+        self, x: Any, start: Expr, scale_at: Expr, place: Callable[[Expr], Expr], first: Expr, count: int
+    ) -> None:
+        """Features ``first .. first + count``, which share a scale."""
+        top, poison = self._largest(x, T.bind(start + first), count)
         if self.tiles.scale is None:
             inverse = tirx.Select(top > f32(TINY), f32(LARGEST_CODE) / top, f32(0.0))
             scale = top / f32(LARGEST_CODE)
         else:
             scale = keep(self.code.constants[-1][0])
             inverse = f32(1.0) / scale
-        T.buffer_store(self.code.scratch[1], scale + poison, [at])
-        self._codes(x, start, at, keep(inverse))
+        T.buffer_store(self.code.scratch[1], scale + poison, [scale_at])
+        self._codes(x, T.bind(start + first), lambda i: place(first + i), keep(inverse), count)
 
     def _evened(self, x: Any, start: Expr, at: Expr) -> Any:
         """A copy of the row, times the equaliser, with zeros at the outliers, which are stored apart."""
@@ -162,24 +181,23 @@ class Quantise(RowCodes):
             T.buffer_store(even, f32(0.0), [feature])
         return even
 
-    def _largest(self, x: Any, start: Expr) -> tuple[Expr, Expr]:
-        """Largest magnitude of a row; and 0, or NaN if the row holds NaN or infinity."""
+    def _largest(self, x: Any, start: Expr, count: int) -> tuple[Expr, Expr]:
+        """Largest magnitude of some features; and 0, or NaN if they hold NaN or infinity."""
         lanes = self.code.k.lanes
         top, poison = (T.alloc_buffer((lanes,), "float32") for _ in range(2))
         whole = T.ramp(0, 1, lanes)
         for register in (top, poison):
             T.buffer_store(register, splat(0.0, lanes), [whole])
-        for at, n in for_vectors(self.code.stage.depth, lanes):
+        for at, n in for_vectors(count, lanes):
             value, place = keep(x[lanes_at(start + at, n)]), lanes_at(i32(0), n)
             T.buffer_store(top, T.max(top[place], T.max(value, -value)), [place])
             T.buffer_store(poison, fused_multiply_add(value, splat(0.0, n), poison[place]), [place])
         largest = keep(horizontal(T.bind(top[whole]), lanes, T.max))
         return largest, keep(horizontal(T.bind(poison[whole]), lanes, lambda a, b: a + b))
 
-    def _codes(self, x: Any, start: Expr, at_row: Expr, inverse: Expr) -> None:
-        place = self.tiles.place(self.code, at_row)
-        for at, n in for_vectors(self.code.stage.depth, self.code.k.lanes):
+    def _codes(self, x: Any, start: Expr, place: Callable[[Expr], Expr], inverse: Expr, count: int) -> None:
+        """Round, and store where ``place`` says."""
+        for at, n in for_vectors(count, self.code.k.lanes):
             value = x[lanes_at(start + at, n)] * splat(inverse, n)
             value = T.max(splat(-float(LARGEST_CODE), n), T.min(splat(float(LARGEST_CODE), n), T.nearbyint(value)))
             self._store(place(at), T.cast(keep(value), _vector("int32", n)), n)
-        self._finish(place, at_row)

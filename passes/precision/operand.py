@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from planish.formats import LARGEST_CODE, Format, quantise, quantise_rows
+from planish.formats import LARGEST_CODE, Format, quantise, round_rows
 from planish.passes.precision.calibration import SAMPLE, Channels
 
 LIMITS = tuple(2 ** (-i / 2) for i in range(1, 17))
@@ -87,8 +87,8 @@ class Operand:
         """
         even = self._factors
         x = self._without_outliers(self.channels.sample * even)
-        codes, scales = quantise_rows(x, self.scale if form.activation == "a8-static" else None)
-        of_x = ((x - codes.float() * scales) / even).square().mean(0)
+        rounded = round_rows(x, form, self.scale if form.activation == "a8-static" else None)
+        of_x = ((x - rounded) / even).square().mean(0)
         if form.activation == "a8-static" and self.channels.halves.amax(1).min() > 0:
             halves = self._without_outliers(self.channels.halves * even)
             clipped = (halves.flip(0) - halves.amax(1, keepdim=True)).clamp_min(0.0) / even

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_aggregate, map_arg
 
-from planish.formats import quantise_rows
+from planish.formats import round_rows
 from planish.ops import reference
 from planish.passes.precision.codes import compensated, knows_inputs, nearest_weights, rounded_weight
 from planish.passes.precision.layer import Matrix
@@ -91,8 +91,8 @@ def _rounded(x: Tensor, treatment: Treatment, operand: Operand) -> Tensor:
         return x
     inner = x if operand.outliers is None else x.index_fill(-1, operand.outliers, 0.0)
     inner = inner if operand.equaliser is None else inner * operand.equaliser
-    codes, scales = quantise_rows(inner, operand.scale if treatment.format.activation == "a8-static" else None)
-    rounded = codes.float() * scales
+    static = treatment.format.activation == "a8-static"
+    rounded = round_rows(inner, treatment.format, operand.scale if static else None)
     rounded = rounded if operand.equaliser is None else rounded / operand.equaliser
     if operand.outliers is not None:
         rounded.index_copy_(-1, operand.outliers, x.index_select(-1, operand.outliers))
