@@ -219,9 +219,9 @@ def build_integer_tile(
         else:
             tile.groups(numbers, lds, row_scales if whole.by_group else None)
         for i in range(rows):
-            scale = f32(1.0) if whole.by_group else T.bind(T.broadcast(row_scales[i], LANES))
+            scale = None if whole.by_group else T.bind(T.broadcast(row_scales[i], LANES))
             for v in range(-(-columns // LANES)):
-                if not whole.by_group:
+                if scale is not None:
                     T.buffer_store(total[i][v], total[i][v][_WHOLE] * scale, [_WHOLE])
                 count = min(LANES, columns - v * LANES)
                 for at in [lanes_at(0, LANES)] if count == LANES else range(count):
